@@ -1,0 +1,108 @@
+"""The residual blocks: convolutional for the first two stages, token-mixing for the last two.
+
+Shape legend: B images or windows, C channels, H x W rows and columns, L tokens per window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+__all__ = ["ConvBlock", "MixerBlock"]
+
+
+def _layer_scale(dim: int, value: float | None) -> nn.Parameter | None:
+    return None if value is None else nn.Parameter(torch.full((dim,), float(value)))
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    """Multiply the last axis of ``x`` by ``gamma``, where there is one."""
+    return x if gamma is None else x * gamma
+
+
+class ConvBlock(nn.Module):
+    """x + drop_path(gamma * BN(conv(GELU(BN(conv(x)))))) (MambaVision, section 3.1).
+
+    Args:
+        dim: C.
+        norm: builds a normalization layer for a number of channels.
+        drop_path: the probability of dropping the branch, per image.
+        layer_scale: the start of gamma; None leaves gamma out.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        norm: Callable[[int], nn.Module],
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.norm1 = norm(dim)
+        self.act1 = nn.GELU(approximate="tanh")
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.norm2 = norm(dim)
+        self.gamma = _layer_scale(dim, layer_scale)
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        y = self.act1(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        if self.gamma is not None:
+            y = y * self.gamma.view(-1, 1, 1)
+        return x + self.drop_path(y)
+
+
+class MLP(nn.Module):
+    """Two linear layers with an exact GELU between."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class MixerBlock(nn.Module):
+    """A token mixer and an MLP, each normalized first and added (MambaVision, section 3.2).
+
+    Args:
+        dim: C.
+        mixer: (B, L, C) -> (B, L, C): attention or the Mamba mixer.
+        mlp_ratio: the MLP's hidden channels over C.
+        drop_path: the probability of dropping a branch, per window.
+        layer_scale: the start of gamma_1 and gamma_2; None leaves them out.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        *,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.gamma_1 = _layer_scale(dim, layer_scale)
+        self.gamma_2 = _layer_scale(dim, layer_scale)
+        self.norm1 = nn.LayerNorm(dim)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
+        x = x + self.drop_path(_scaled(self.mixer(self.norm1(x)), self.gamma_1))
+        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma_2))

@@ -1,0 +1,79 @@
+"""The Mamba mixer: half of the channels scanned, the other half only convolved.
+
+Shape legend: B windows, L tokens, C channels, D = C / 2 channels of each half,
+N = 8 states per channel, R = ceil(C / 16) the rank of the step size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import depthwise_conv1d_silu, selective_scan
+
+__all__ = ["MambaVisionMixer"]
+
+
+class MambaVisionMixer(nn.Module):
+    """Mix the tokens of a window with a selective scan (MambaVision, section 3.2).
+
+    The projected input is split in two halves. Each goes through its own depthwise 'same' conv of
+    width 3 and SiLU; the first is then scanned (Mamba, algorithm 2); both, concatenated, are
+    projected back. The second half does not gate the first.
+
+    The bias of ``dt_proj`` enters the step size twice, delta = softplus(W dt + b + b): the released
+    weights were trained so.
+
+    Args:
+        dim: C, even.
+        scan_backend, conv_backend: passed to :func:`~mamba_vision.ops.selective_scan` and
+            :func:`~mamba_vision.ops.depthwise_conv1d_silu`; None leaves the choice to them.
+    """
+
+    STATES = 8
+    CONV_WIDTH = 3
+
+    def __init__(
+        self, dim: int, *, scan_backend: str | None = None, conv_backend: str | None = None
+    ) -> None:
+        super().__init__()
+        self.scan_backend = scan_backend
+        self.conv_backend = conv_backend
+        half, self.dt_rank = dim // 2, math.ceil(dim / 16)
+        states = torch.arange(1, self.STATES + 1, dtype=torch.float32)
+        self.A_log = nn.Parameter(states.log().repeat(half, 1))
+        self.D = nn.Parameter(torch.ones(half))
+        self.in_proj = nn.Linear(dim, dim, bias=False)
+        self.x_proj = nn.Linear(half, self.dt_rank + 2 * self.STATES, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, half)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.conv1d_x = self._depthwise_conv(half)
+        self.conv1d_z = self._depthwise_conv(half)
+
+    @classmethod
+    def _depthwise_conv(cls, dim: int) -> nn.Conv1d:
+        return nn.Conv1d(dim, dim, cls.CONV_WIDTH, padding="same", groups=dim, bias=False)
+
+    def _convolved(self, x: Tensor, conv: nn.Conv1d) -> Tensor:
+        # The module only holds the weight: the op works in (B, L, D) and fuses the SiLU.
+        return depthwise_conv1d_silu(x, conv.weight.squeeze(1), backend=self.conv_backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> (B, L, C); the scan's state is float32 whatever the input's dtype."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x, z = self._convolved(x, self.conv1d_x), self._convolved(z, self.conv1d_z)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.STATES, self.STATES], dim=-1)
+        y = selective_scan(
+            x,
+            self.dt_proj(dt),
+            -self.A_log.float().exp(),
+            B,
+            C,
+            self.D,
+            self.dt_proj.bias,
+            delta_softplus=True,
+            backend=self.scan_backend,
+        )
+        return self.out_proj(torch.cat((y, z), dim=-1))
