@@ -1,0 +1,9 @@
+from .common.data.coco import dataloader
+from .common.models.cascade_mask_rcnn_mamba_vision import bottom_up, model
+from .common.optim import optimizer
+from .common.schedule import lr_multiplier_3x as lr_multiplier
+from .common.train import train
+
+model.backbone.bottom_up = bottom_up("base")
+optimizer.lr = 2e-4
+train.output_dir = "./output/cascade_mask_rcnn_mamba_vision_base_3x_coco"

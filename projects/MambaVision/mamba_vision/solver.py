@@ -1,0 +1,112 @@
+"""Parameter groups and learning-rate schedule of the detectors' recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from detectron2.solver import WarmupParamScheduler
+from detectron2.solver.build import reduce_param_groups
+from fvcore.common.param_scheduler import MultiStepParamScheduler, ParamScheduler
+from torch import nn
+
+from .errors import UserError
+
+__all__ = ["parameter_groups", "warmup_multi_step"]
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    no_decay: Sequence[str] = (),
+    base_lr: float | None = None,
+    lr_factor_func: Callable[[str], float] | None = None,
+) -> list[dict[str, Any]]:
+    """The trainable parameters of a model, in groups for a ``torch.optim`` optimizer.
+
+    Detectron2's ``get_default_optimizer_params`` tells a norm by the type of its module; this goes
+    by names, as did the recipe of the released detectors. It spared names with "norm" in them: in
+    the reference the backbone's ``norm1``, ``norm2`` and ``outnorm0..3``, but neither the
+    batch norms of its stem (``patch_embed.conv_down.1``) nor those of the box heads (called ``bn``
+    there, ``norm`` here).
+
+    Args:
+        model: a model that is not wrapped in DistributedDataParallel.
+        no_decay: regular expressions; a parameter in whose name one is found has weight decay 0.
+            The others have the optimizer's.
+        base_lr: learning rate that ``lr_factor_func`` multiplies.
+        lr_factor_func: from a parameter's name to the factor on its learning rate, for layer-wise
+            decay.
+
+    Returns:
+        As few groups as the options need, in the order of their first parameter.
+
+    Raises:
+        UserError: an expression is not valid or finds no parameter, or ``lr_factor_func`` comes
+            without ``base_lr``.
+    """
+    if lr_factor_func is not None and base_lr is None:
+        raise UserError("optimizer.params.lr_factor_func needs optimizer.params.base_lr; give it")
+    names = [name for name, _ in model.named_parameters()]
+    expressions = [_compiled(pattern, names) for pattern in no_decay]
+    groups = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        group: dict[str, Any] = {"params": [parameter]}
+        if any(expression.search(name) for expression in expressions):
+            group["weight_decay"] = 0.0
+        if lr_factor_func is not None and base_lr is not None:
+            group["lr"] = base_lr * lr_factor_func(name)
+        groups.append(group)
+    return reduce_param_groups(groups)
+
+
+def _compiled(pattern: str, names: list[str]) -> re.Pattern[str]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise UserError(
+            f"optimizer.params.no_decay: {pattern!r} is not a regular expression ({error}); mend it"
+        ) from error
+    if not any(expression.search(name) for name in names):
+        raise UserError(
+            f"optimizer.params.no_decay: {pattern!r} matches no parameter of the model; mend it"
+        )
+    return expression
+
+
+def warmup_multi_step(
+    *,
+    max_iter: int,
+    epochs: float,
+    drops: Sequence[float],
+    warmup_iters: int,
+    gamma: float = 0.1,
+    warmup_factor: float = 0.001,
+) -> ParamScheduler:
+    """Linear warm-up, then a learning rate that drops by ``gamma`` after given epochs.
+
+    Args:
+        max_iter: optimizer steps of the whole training.
+        epochs: the length of the training in any unit, say epochs.
+        drops: when the rate drops, in the same unit, rising, between 0 and ``epochs``. They move
+            with ``max_iter``; the warm-up does not.
+        warmup_iters: steps of warm-up; a shorter training is all warm-up.
+        gamma: factor of one drop.
+        warmup_factor: the first step's factor.
+
+    Returns:
+        From the training's progress in [0, 1) to the factor on the learning rate, for Detectron2's
+        ``LRMultiplier``.
+    """
+    return WarmupParamScheduler(
+        MultiStepParamScheduler(
+            values=[gamma**i for i in range(len(drops) + 1)],
+            milestones=[round(drop / epochs * max_iter) for drop in drops],
+            num_updates=max_iter,
+        ),
+        warmup_factor=warmup_factor,
+        warmup_length=min(warmup_iters / max_iter, 1.0),
+    )
