@@ -1,4 +1,4 @@
-"""The wheel, installed where the checkout is not, holds the package and every config."""
+"""What is installed: a wheel that holds every config, and a word when Detectron2 is missing."""
 
 import os
 import shutil
@@ -93,3 +93,10 @@ def test_source_distribution_makes_the_same_wheel(wheel, checkout, tmp_path):
         tar.extractall(tmp_path)
     source = tmp_path / archive.name.removesuffix(".tar.gz")
     assert contents(build_wheel(source, tmp_path)) == contents(wheel)
+
+
+def test_without_detectron2_the_import_says_how_to_install_it():
+    code = "import sys; sys.modules['detectron2'] = None; import mamba_vision"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "pip install --no-build-isolation git+https://" in result.stderr.splitlines()[-1]

@@ -7,7 +7,15 @@ They are imported when first used, so that importing the package alone costs nex
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+if find_spec("detectron2") is None:
+    raise ModuleNotFoundError(
+        "mamba_vision needs Detectron2, which is not on PyPI; with torch installed, run: "
+        "pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2.git",
+        name="detectron2",
+    )
 
 if TYPE_CHECKING:
     from . import model_zoo
