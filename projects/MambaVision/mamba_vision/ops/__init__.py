@@ -1,0 +1,20 @@
+"""The two operators of the MambaVision mixer that PyTorch does not have, in (B, L, D) layout.
+
+Shape legend, used in every file below:
+
+    B   batch: windows (or whole maps) scanned side by side
+    L   tokens of a sequence, row by row over a window
+    D   channels, half the width of the mixer
+    N   state numbers a channel keeps (8 in MambaVision)
+
+``selective_scan``          the recurrence of Mamba (arXiv:2312.00752, equation 2 and section 3.2)
+``depthwise_conv1d_silu``   a 'same' convolution of width 3 along L and SiLU (arXiv:2407.08083, equation 6)
+
+Each operator is a folder: its ``__init__`` holds the public function, ``reference.py`` the definition,
+and each further file one faster backend with the same signature; ``backends.py`` chooses among them.
+"""
+
+from .conv1d import depthwise_conv1d_silu
+from .selective_scan import selective_scan
+
+__all__ = ["selective_scan", "depthwise_conv1d_silu"]
