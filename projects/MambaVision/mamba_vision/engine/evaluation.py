@@ -1,0 +1,75 @@
+"""Evaluation of a model on its config's test set."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from detectron2.config import instantiate
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from omegaconf import DictConfig
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["do_test"]
+
+
+def do_test(config: DictConfig, model: nn.Module) -> dict[str, dict[str, float]]:
+    """Evaluate a model, in all processes together.
+
+    The results are logged, and written to ``results.json`` in ``train.output_dir``, where a metric
+    that cannot be computed (NaN) is ``null``.
+
+    Args:
+        config: ``dataloader.test`` and ``dataloader.evaluator`` are used; without an evaluator
+            nothing is done.
+        model: on its device, bare or in ``DistributedDataParallel``; its mode is kept.
+
+    Returns:
+        Task to metric to value, e.g. ``results["bbox"]["AP"]`` in percent; empty in all processes
+        but the first.
+    """
+    if config.dataloader.get("evaluator") is None:
+        return {}
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    _share_buffers(model)
+    results = inference_on_dataset(
+        model, instantiate(config.dataloader.test), instantiate(config.dataloader.evaluator)
+    )
+    if comm.is_main_process():
+        print_csv_format(results)
+        _write_json(Path(config.train.output_dir) / "results.json", results)
+    return results
+
+
+def _share_buffers(model: nn.Module) -> None:
+    """Give every process the first one's buffers: what is evaluated is what is saved.
+
+    In training each process moves its own batch norms' running statistics.
+    """
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(_without_nan(value), indent=2) + "\n")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
