@@ -68,16 +68,17 @@ class _StatisticsKept(AbstractContextManager):
 
     def __init__(self, module: nn.Module) -> None:
         self.norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-        self.saved = [(m.track_running_stats, m.momentum) for m in self.norms]
 
     def __enter__(self) -> None:
+        self.saved = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
         for norm in self.norms:
-            # Detectron2's NaiveSyncBatchNorm heeds the momentum alone.
-            norm.track_running_stats, norm.momentum = False, 0.0
+            norm.momentum = 0.0
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked = norm.num_batches_tracked.clone()
 
     def __exit__(self, *_exception: object) -> None:
-        for norm, (track, momentum) in zip(self.norms, self.saved):
-            norm.track_running_stats, norm.momentum = track, momentum
+        for norm, (momentum, batches) in zip(self.norms, self.saved):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 def _checkpoint_contexts(

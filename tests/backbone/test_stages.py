@@ -1,0 +1,116 @@
+import pytest
+import torch
+from torch import nn
+
+from mamba_vision.backbone.attention import Attention
+from mamba_vision.backbone.mixer import MambaVisionMixer
+from mamba_vision.backbone.stages import ConvStage, WindowStage
+
+
+def _window_stage(depth=2, drop_path=0.0, **options) -> WindowStage:
+    defaults = {
+        "num_heads": 2,
+        "window_size": 4,
+        "window_padding": "full",
+        "mlp_ratio": 2.0,
+        "layer_scale": None,
+        "downsample": False,
+        "activation_checkpointing": False,
+        "scan_backend": None,
+        "conv_backend": None,
+    }
+    return WindowStage(16, [drop_path] * depth, **(defaults | options))
+
+
+@pytest.mark.parametrize(
+    ("depth", "kinds"),
+    [(1, "M"), (2, "MA"), (3, "MMA"), (4, "MMAA"), (5, "MMMAA"), (7, "MMMMAAA"), (8, "MMMMAAAA")],
+)
+def test_which_blocks_attend(depth, kinds):
+    letters = {MambaVisionMixer: "M", Attention: "A"}
+    assert "".join(letters[type(b.mixer)] for b in _window_stage(depth).blocks) == kinds
+
+
+@pytest.mark.parametrize(
+    ("padding", "h", "w"),
+    [("full", 4, 4), ("fit", 3, 4)],  # 5 x 7 in windows of 4: 2 x 2 windows of 3 x 4 suffice
+)
+@torch.no_grad()
+def test_windows_by_hand(padding, h, w):
+    stage = _window_stage(3, window_padding=padding).eval()
+    x = torch.randn(2, 16, 5, 7)
+    expected = torch.zeros(2, 16, 5, 7)
+    for i, image in enumerate(x):
+        for top in range(0, 5, h):
+            for left in range(0, 7, w):
+                tokens = torch.zeros(h * w, 16)
+                inside = [
+                    (r, c) for r in range(h) for c in range(w) if top + r < 5 and left + c < 7
+                ]
+                for r, c in inside:
+                    tokens[r * w + c] = image[:, top + r, left + c]
+                for block in stage.blocks:
+                    tokens = block(tokens[None])[0]
+                for r, c in inside:
+                    expected[i, :, top + r, left + c] = tokens[r * w + c]
+    feature, following = stage(x)
+    torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-5)
+    assert following is None
+
+
+def test_downsampling_follows_the_feature():
+    stage = _window_stage(downsample=True).eval()
+    feature, following = stage(torch.randn(1, 16, 6, 8))
+    torch.testing.assert_close(following, stage.downsample.reduction[0](feature))
+    assert following.shape == (1, 32, 3, 4)
+
+
+def test_conv_block_by_its_equation():
+    stage = ConvStage(
+        6,
+        [0.0],
+        norm=nn.BatchNorm2d,
+        layer_scale=0.5,
+        downsample=False,
+        activation_checkpointing=False,
+    ).double()
+    block, x = stage.blocks[0], torch.randn(2, 6, 5, 7, dtype=torch.float64)
+
+    def normalized(values):  # over the batch, as in training; scale 1 and shift 0
+        variance, mean = torch.var_mean(values, (0, 2, 3), correction=0, keepdim=True)
+        return (values - mean) / torch.sqrt(variance + 1e-5)
+
+    y = normalized(nn.functional.conv2d(x, block.conv1.weight, block.conv1.bias, padding=1))
+    y = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
+    y = normalized(nn.functional.conv2d(y, block.conv2.weight, block.conv2.bias, padding=1))
+    torch.testing.assert_close(stage(x)[0], x + 0.5 * y)
+
+
+def test_mixer_block_by_its_equation():
+    block = _window_stage(1, layer_scale=0.3).double().blocks[0]
+    block.mixer = nn.Linear(16, 16).double()
+    nn.init.normal_(block.gamma_2)
+
+    def normalized(values):
+        variance, mean = torch.var_mean(values, -1, correction=0, keepdim=True)
+        return (values - mean) / torch.sqrt(variance + 1e-5)
+
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    y = x + 0.3 * block.mixer(normalized(x))
+    hidden = block.mlp.fc1(normalized(y))
+    hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+    torch.testing.assert_close(block(x), y + block.gamma_2 * block.mlp.fc2(hidden))
+
+
+def test_drop_path_drops_whole_windows_and_scales_the_rest():
+    stage = _window_stage(1, drop_path=0.5)
+    block = stage.blocks[0]
+    nn.init.zeros_(block.mlp.fc2.weight)  # leaves the mixer's branch alone
+    nn.init.zeros_(block.mlp.fc2.bias)
+    nn.init.normal_(block.mixer.out_proj.weight)
+    x = torch.randn(64, 16, 16)
+    branch = block.mixer(block.norm1(x))
+    added = block(x) - x
+    dropped = added.abs().amax((1, 2)) < 1e-5
+    assert 16 < dropped.sum() < 48
+    torch.testing.assert_close(added[~dropped], 2 * branch[~dropped], rtol=1e-4, atol=1e-4)
