@@ -82,22 +82,22 @@ def data_set(name, count):
 
 model = L(Toy)(channels=4)
 
-dataloader = dict(
-    train=L(build_detection_train_loader)(
+dataloader = {
+    "train": L(build_detection_train_loader)(
         dataset=L(get_detection_dataset_dicts)(names=data_set("train_images", 1)),
         mapper=L(DatasetMapper)(is_train=True, augmentations=[], image_format="RGB"),
         total_batch_size=1,
         num_workers=0,
     ),
-    test=L(build_detection_test_loader)(
+    "test": L(build_detection_test_loader)(
         dataset=L(get_detection_dataset_dicts)(
             names=data_set("test_images", 3), filter_empty=False
         ),
         mapper=L(DatasetMapper)(is_train=False, augmentations=[], image_format="RGB"),
         num_workers=0,
     ),
-    evaluator=L(COCOEvaluator)(dataset_name="${..test.dataset.names}"),
-)
+    "evaluator": L(COCOEvaluator)(dataset_name="${..test.dataset.names}"),
+}
 
 optimizer = L(torch.optim.SGD)(
     params=L(get_default_optimizer_params)(), lr=0.1, momentum=0.9, weight_decay=1e-4
@@ -109,15 +109,15 @@ lr_multiplier = L(WarmupParamScheduler)(
     warmup_length=0.5,
 )
 
-train = dict(
-    output_dir=str(Path(__file__).parent / "output"),
-    init_checkpoint="",
-    max_iter=6,
-    amp=dict(enabled=True),
-    ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
-    checkpointer=dict(period=3, max_to_keep=2),
-    eval_period=0,
-    log_period=1,
-    device="cuda",
-    seed=1,
-)
+train = {
+    "output_dir": str(Path(__file__).parent / "output"),
+    "init_checkpoint": "",
+    "max_iter": 6,
+    "amp": {"enabled": True},
+    "ddp": {"broadcast_buffers": False, "find_unused_parameters": False, "fp16_compression": False},
+    "checkpointer": {"period": 3, "max_to_keep": 2},
+    "eval_period": 0,
+    "log_period": 1,
+    "device": "cuda",
+    "seed": 1,
+}

@@ -1,20 +1,28 @@
 """What the tools add to Detectron2's engine."""
 
 from .config import find_config, load_config
+from .drawing import draw_instances
 from .evaluation import do_test
+from .images import find_images, name_pictures, write_png
 from .machine import build_model, check_processes, fit_to_machine, launch
+from .predictor import Predictor
 from .train import do_train
 from .train_net import argument_parser, train_net
 
 __all__ = [
+    "Predictor",
     "argument_parser",
     "build_model",
     "check_processes",
     "do_test",
     "do_train",
+    "draw_instances",
     "find_config",
+    "find_images",
     "fit_to_machine",
     "launch",
     "load_config",
+    "name_pictures",
     "train_net",
+    "write_png",
 ]

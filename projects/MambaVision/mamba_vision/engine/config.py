@@ -53,7 +53,8 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         overrides: ``key=value`` texts, as for :func:`.overrides.apply_overrides`.
 
     Returns:
-        A config with the keys ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier``, ``train``.
+        A config with the keys ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier`` and
+        ``train``.
 
     Raises:
         UserError: there is no such config, it cannot be run, lacks one of those keys, or an

@@ -82,8 +82,8 @@ def _current(config: DictConfig, key: str) -> Any:
             node = node[int(part)]
         elif not isinstance(node, DictConfig):
             raise UserError(f"there is no config key {key!r}: {parent} is {node!r}; mend the key")
-        elif part in node.keys():
-            if last and (OmegaConf.is_interpolation(node, part) or OmegaConf.is_missing(node, part)):
+        elif part in list(node):  # DictConfig's own test overlooks interpolations without a value
+            if last and _dangles(node, part):
                 return None
             node = node[part]
         elif last and part in _arguments(node):
@@ -114,19 +114,22 @@ def _fit(text: str, value: Any, current: Any) -> Any:
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:
     """Every key below a node that an override may name."""
     if isinstance(node, DictConfig):
-        for name in dict.fromkeys([*map(str, node.keys()), *_arguments(node)]):
-            if name != "_target_":
-                yield prefix + name
-        names = [name for name in node.keys() if not _dangles(node, name)]
+        for name in _arguments(node):
+            if name not in list(node):
+                yield f"{prefix}{name}"
+        inner = [name for name in node if name != "_target_"]
     elif isinstance(node, ListConfig):
-        names = list(range(len(node)))
+        inner = list(range(len(node)))
     else:
         return
-    for name in names:
-        yield from _keys(node[name], f"{prefix}{name}.")
+    for name in inner:
+        yield f"{prefix}{name}"
+        if not _dangles(node, name):
+            yield from _keys(node[name], f"{prefix}{name}.")
 
 
-def _dangles(node: DictConfig, name: Any) -> bool:
+def _dangles(node: Any, name: Any) -> bool:
+    """Whether an entry is an interpolation or missing, so that reading it may fail."""
     return OmegaConf.is_interpolation(node, name) or OmegaConf.is_missing(node, name)
 
 
