@@ -8,13 +8,14 @@ Shape legend, used in every file below:
     N   state numbers a channel keeps (8 in MambaVision)
 
 ``selective_scan``          the recurrence of Mamba (arXiv:2312.00752, equation 2 and section 3.2)
-``depthwise_conv1d_silu``   a 'same' convolution of width 3 along L and SiLU (arXiv:2407.08083, equation 6)
+``depthwise_conv1d_silu``   a 'same' convolution of width 3 along L, then SiLU (arXiv:2407.08083,
+                            equation 6)
 
-Each operator is a folder: its ``__init__`` holds the public function, ``reference.py`` the definition,
-and each further file one faster backend with the same signature; ``backends.py`` chooses among them.
+Each operator is a folder: its ``__init__`` holds the public function, ``reference.py`` the
+definition, and each further file one faster backend; ``backends.py`` chooses among them.
 """
 
 from .conv1d import depthwise_conv1d_silu
 from .selective_scan import selective_scan
 
-__all__ = ["selective_scan", "depthwise_conv1d_silu"]
+__all__ = ["depthwise_conv1d_silu", "selective_scan"]

@@ -5,8 +5,8 @@ A backend is a module that holds
     run(*tensors, **options) -> Tensor      the operator
     obstacle(*tensors) -> str | None        why it cannot run on these tensors; None if it can
 
-It imports what it needs at its top; it is imported when it is first considered, so an operator with an
-optional accelerator costs nothing, and needs nothing, until then.
+It imports what it needs at its top, and is itself imported when it is first considered: until then
+an optional accelerator costs nothing and may be missing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Backends:
     Args:
         operator: name for messages.
         variable: environment variable that names a backend when the caller does not.
-        modules: absolute module name of each backend, best first: the order in which ``auto`` tries.
+        modules: absolute module name of each backend, in the order in which ``auto`` tries them.
         remedies: how to get a backend whose module cannot be imported.
     """
 
@@ -58,20 +58,20 @@ class Backends:
     def choose(self, asked: str | None, *tensors: Tensor | None) -> Backend:
         """Return the backend to use on ``tensors`` (the operator's, in its own order).
 
-        ``asked`` wins over the environment variable; without either, or with "auto", the first backend
-        that can run is taken, and the log says once per kind of device which one that was.
+        ``asked`` wins over the environment variable. Without either, or with "auto", the first
+        backend that can run is taken, and the log says once per kind of device which one it is.
 
         Raises:
-            UserError: the backend asked for does not exist, is not installed, or cannot take the tensors.
+            UserError: the backend asked for is unknown, not installed, or cannot take the tensors.
         """
         source = "argument" if asked else self.variable
         name = asked or os.environ.get(self.variable) or "auto"
         if name == "auto":
             return self._best(*tensors)
         if name not in self.modules:
-            known = ", ".join(["auto", *self.modules])
             raise UserError(
-                f"{self.operator}: no backend is called {name!r} (given by {source}); choose from: {known}"
+                f"{self.operator}: no backend is called {name!r} (given by {source}); "
+                f"choose from: {', '.join(['auto', *self.modules])}"
             )
         backend = self._usable(name, *tensors)
         if isinstance(backend, str):
@@ -117,12 +117,14 @@ def check_shape(name: str, tensor: Tensor, legend: str, sizes: dict[str, int]) -
     """
     letters = legend.split()
     if tensor.dim() == len(letters):
-        expected = tuple(sizes.setdefault(k, n) for k, n in zip(letters, tensor.shape, strict=True))
-    else:
-        expected = tuple(sizes.get(letter, letter) for letter in letters)
-    if tuple(tensor.shape) != expected:
-        wanted, got = (f"({', '.join(map(str, shape))})" for shape in (expected, tensor.shape))
-        raise ValueError(f"{name} must have shape ({', '.join(letters)}) = {wanted}, not {got}")
+        for letter, size in zip(letters, tensor.shape):
+            sizes.setdefault(letter, size)
+    expected = [sizes.get(letter) for letter in letters]
+    if list(tensor.shape) != expected:
+        bound = ", ".join(f"{k} = {n}" for k, n in zip(letters, expected) if n is not None)
+        where = f" with {bound}" if bound else ""
+        got = tuple(tensor.shape)
+        raise ValueError(f"{name} must have shape ({', '.join(letters)}){where}, not {got}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must hold real floating-point numbers, not {tensor.dtype}")
 

@@ -13,6 +13,8 @@ from ..backends import Backends, check_shape, without_autocast
 
 __all__ = ["BACKENDS", "depthwise_conv1d_silu"]
 
+WIDTH = 3
+
 BACKENDS = Backends(
     operator="depthwise_conv1d_silu",
     variable="MAMBAVISION_CONV_BACKEND",
@@ -33,8 +35,8 @@ def depthwise_conv1d_silu(x: Tensor, weight: Tensor, *, backend: str | None = No
     Args:
         x: (B, L, D) floating point, also a strided view.
         weight: (D, 3), for the token before, the token itself and the one after.
-        backend: "causal_conv1d", "torch", "reference", or "auto"; None takes the environment variable
-            MAMBAVISION_CONV_BACKEND, and without it "auto": the fastest for the tensors' device.
+        backend: "causal_conv1d", "torch", "reference", or "auto"; None takes the environment
+            variable MAMBAVISION_CONV_BACKEND, and without it "auto": the fastest for the device.
 
     Returns:
         (B, L, D) in ``x``'s dtype.
@@ -43,9 +45,9 @@ def depthwise_conv1d_silu(x: Tensor, weight: Tensor, *, backend: str | None = No
         ValueError, TypeError: a shape or dtype that does not fit.
         UserError: the backend asked for cannot be used.
     """
-    sizes = {"3": 3}
+    sizes = {"W": WIDTH}
     check_shape("x", x, "B L D", sizes)
-    check_shape("weight", weight, "D 3", sizes)
+    check_shape("weight", weight, "D W", sizes)
     chosen = BACKENDS.choose(backend, x, weight)
     with without_autocast(x.device):
         return chosen.run(x, weight)

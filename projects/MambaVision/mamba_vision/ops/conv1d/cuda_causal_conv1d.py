@@ -1,7 +1,7 @@
 """The depthwise convolution with SiLU by causal-conv1d's CUDA kernel.
 
-The kernel is causal: y_t = silu(w_0 x_(t-2) + w_1 x_(t-1) + w_2 x_t). One zero token more at the end and
-the first output dropped make it the 'same' convolution, number for number.
+The kernel is causal: y_t = silu(w_0 x_(t-2) + w_1 x_(t-1) + w_2 x_t). With one more zero token at
+the end, and the first output dropped, it is the 'same' convolution.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The selective scan (arXiv:2312.00752, equation 2 and section 3.2), zero-order hold on A, Euler on B:
+"""The selective scan (arXiv:2312.00752, equation 2 and section 3.2):
 
     h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t      h_0 = 0
     y_t = C_t h_t + D u_t
 
-left to right over the sequence, one state of N numbers per image and channel; shapes: see ``ops``.
+left to right over the sequence, with a state of N numbers per image and channel. For shapes see
+``ops``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def selective_scan(
 ) -> Tensor:
     """Scan sequences with an input-dependent linear recurrence; differentiable in every tensor.
 
-    The state is float32 (float64 for float64 input) whatever the inputs' dtypes, under autocast too.
+    The state is float32 whatever the inputs' dtypes (float64 if ``u`` is), under autocast too.
     ``u``, ``delta``, ``B`` and ``C`` may be strided views and may differ in dtype.
 
     Args:
@@ -53,7 +54,7 @@ def selective_scan(
         delta_bias: (D,) added to ``delta`` first, or None.
         delta_softplus: put ``delta`` through softplus after the bias.
         backend: "mamba_ssm", "torch", "reference", or "auto"; None takes the environment variable
-            MAMBAVISION_SCAN_BACKEND, and without it "auto": the fastest for the tensors' device.
+            MAMBAVISION_SCAN_BACKEND, and without it "auto": the fastest for the device.
 
     Returns:
         (B, L, D) in ``u``'s dtype.

@@ -1,8 +1,8 @@
-"""The selective scan of mamba-ssm (arXiv:2312.00752, section 3.3), called in its compiled extension.
+"""The selective scan by mamba-ssm's compiled CUDA extension (arXiv:2312.00752, section 3.3).
 
-The extension alone is imported: the package around it pulls in language models and more. It works in
-(B, D, L) layout, one CUDA block per image and channel, and wants sequences contiguous along L; the
-transposes to and from it are ours.
+The extension alone is imported: the package around it pulls in language models and more. It works
+in (B, D, L) layout, one CUDA block per image and channel, and wants sequences contiguous along L;
+the transposes to it and back are made here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The selective scan as it is defined, one token after the other: the truth in float64, and slow."""
+"""The selective scan as it is defined, token after token: the truth in float64, and slow."""
 
 from __future__ import annotations
 

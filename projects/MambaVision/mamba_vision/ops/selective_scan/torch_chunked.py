@@ -1,17 +1,17 @@
 """The selective scan in plain PyTorch, parallel over chunks of the sequence; any device.
 
-A stretch of the sequence is cut into K chunks of T tokens, and all chunks take their t-th step together:
+A stretch of the sequence is cut into K chunks of T tokens, and its chunks take step t together:
 
     1. every chunk runs from a zero state and yields its end state;
     2. the true start states follow from chunk to chunk: over a whole chunk a state decays by
        exp(A * sum of delta), one number per channel and state;
     3. every chunk runs again, from its true start, and yields the states at all its tokens.
 
-Every factor is a decay of at most 1 (A < 0) and none is divided by, so nothing overflows whatever delta
-is. Stretches follow each other in order; they are small enough for a CPU's cache.
+Every factor is a decay of at most 1 (A < 0) and none is divided by, so nothing overflows whatever
+delta is. Stretches follow each other in order; they are small enough for a CPU's cache.
 
-The backward pass keeps the inputs and the chunks' start states, runs step 3 again and solves the adjoint
-recurrence g_t = C_t dy_t + exp(delta_(t+1) A) g_(t+1) in the same three steps from right to left.
+The backward pass keeps the inputs and the chunks' start states, runs step 3 again and solves the
+adjoint recurrence g_t = C_t dy_t + exp(delta_(t+1) A) g_(t+1) in the same way from right to left.
 
 Shapes, besides those of ``ops``: T steps of a chunk, K chunks of a stretch.
 """
@@ -81,8 +81,8 @@ class _ChunkedScan(torch.autograd.Function):
                 dD = (dy * inputs.u).sum((0, 1))
         results = (du, ddelta, grads.A.t(), grads.B, grads.C, dD, dbias)
         return *(
-            result.to(tensor.dtype) if needed else None
-            for result, tensor, needed in zip(results, tensors, ctx.needs_input_grad, strict=False)
+            result.to(tensor.dtype) if needed and result is not None else None
+            for result, tensor, needed in zip(results, tensors, ctx.needs_input_grad)
         ), None
 
 
@@ -165,10 +165,10 @@ def _workspace(inputs: _Inputs, stretches: Sequence[_Stretch]) -> Tensor:
 
 
 def _forward(inputs: _Inputs) -> tuple[Tensor, Tensor]:
-    """Return y without D's part, (B, L, D), and the start state of every chunk, (B, chunks, N, D)."""
+    """Return y without D's part, (B, L, D), and the chunks' start states, (B, chunks, N, D)."""
     stretches = _stretches(inputs)
     spaces = [_workspace(inputs, stretches) for _ in range(2)]
-    y = torch.empty_like(inputs.u, memory_format=torch.contiguous_format)
+    y = inputs.u.new_empty(inputs.u.shape)
     state = y.new_zeros(len(y), *inputs.A.shape)
     starts = y.new_empty(len(y), sum(stretch.chunks for stretch in stretches), *inputs.A.shape)
     for stretch in stretches:
@@ -183,18 +183,23 @@ def _backward(inputs: _Inputs, starts: Tensor, dy: Tensor) -> _Grads:
     """Return the gradients for dy (B, L, D), given the start states that the forward pass kept."""
     stretches = _stretches(inputs)
     spaces = [_workspace(inputs, stretches) for _ in range(3)]
-    like = (inputs.u, inputs.u, inputs.A, inputs.B, inputs.C)
-    grads = _Grads(*(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in like))
+    grads = _Grads(
+        drive=dy.new_empty(dy.shape),
+        delta=dy.new_empty(dy.shape),
+        A=torch.zeros_like(inputs.A),
+        B=dy.new_empty(inputs.B.shape),
+        C=dy.new_empty(inputs.C.shape),
+    )
     adjoint = dy.new_zeros(len(dy), *inputs.A.shape)
     for stretch in reversed(stretches):
         decays, states, chunk_decays = _expand(inputs, stretch, *spaces[:2])
         start = starts.narrow(1, stretch.first, stretch.chunks)
         _walk(decays.unbind(), states.unbind(), start)
-        stretch.columns(grads.C).copy_(states @ stretch.columns(dy))
+        stretch.rows(grads.C).copy_(stretch.rows(dy) @ states.mT)
 
         adjoints = stretch.part(spaces[2])
         torch.mul(stretch.rows(dy), stretch.columns(inputs.C), out=adjoints)
-        # Step t meets the decay of step t + 1; the last one's lies in the next chunk, which applied it.
+        # Step t takes the decay of step t + 1, the last step 1: its decay was applied as `leaving`.
         later = [torch.ones_like(decays[0, :1, :1, :1, :1]), *decays.unbind()[:0:-1]]
         adjoint = _solve(
             later,
@@ -205,7 +210,7 @@ def _backward(inputs: _Inputs, starts: Tensor, dy: Tensor) -> _Grads:
             leaving=decays[0],
             reverse=True,
         )
-        stretch.columns(grads.B).copy_(adjoints @ stretch.columns(inputs.drive))
+        stretch.rows(grads.B).copy_(stretch.rows(inputs.drive) @ adjoints.mT)
         stretch.rows(grads.drive).copy_(stretch.rows(inputs.B) @ adjoints)
 
         # With respect to delta A: adjoint * decay * state before.
