@@ -1,0 +1,52 @@
+"""Writing a file all or nothing."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from ..errors import UserError
+
+__all__ = ["atomic_write"]
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a file for writing that takes its name only once it is complete and on the disk.
+
+    Until then, and for good if anything goes wrong, a file that had the name before stays.
+
+    Args:
+        path: where the file goes; its directory must exist.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = Path(path)
+    partial = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False
+        ) as file:
+            partial = file.name
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # A temporary file is its owner's alone; this one is to be as readable as any other.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(partial, 0o666 & ~umask)
+        os.replace(partial, path)
+        partial = None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror or error}; check the directory, its "
+            "permissions and the free space"
+        ) from error
+    finally:
+        if partial is not None:
+            Path(partial).unlink(missing_ok=True)
