@@ -42,12 +42,14 @@ def _random(dim: int) -> MambaVisionMixer:
 
 @pytest.mark.parametrize("dim", [16, 40])  # ranks 1 and 3
 @pytest.mark.parametrize("length", [1, 2, 70])
-def test_agrees_with_the_equations(dim, length):
-    mixer = _random(dim)
-    x = torch.randn(2, length, dim)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_agrees_with_the_equations(dim, length, dtype, tolerance):
+    mixer = _random(dim).to(dtype)
+    x = torch.randn(2, length, dim, dtype=dtype)
     expected = torch.stack([_by_definition(mixer, tokens.double()) for tokens in x])
-    error = (mixer(x).double() - expected).abs().max()
-    assert error <= 1e-5 * expected.abs().max()
+    y = mixer(x)
+    assert y.dtype is dtype
+    assert (y - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("half_weights", [False, True])

@@ -61,14 +61,15 @@ class MambaVisionMixer(nn.Module):
         return depthwise_conv1d_silu(x, conv.weight.squeeze(1), backend=self.conv_backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, C) -> (B, L, C); the scan's state is float32 whatever the input's dtype."""
+        """(B, L, C) -> (B, L, C); the scan's state is float32 at least."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x, z = self._convolved(x, self.conv1d_x), self._convolved(z, self.conv1d_z)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.STATES, self.STATES], dim=-1)
+        A_log = self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))
         y = selective_scan(
             x,
             self.dt_proj(dt),
-            -self.A_log.float().exp(),
+            -A_log.exp(),
             B,
             C,
             self.D,
