@@ -5,8 +5,11 @@ import detectron2.data.transforms as T
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
+from mamba_vision.data.bitmasks import BitmaskMapper
+
 dataloader = model_zoo.get_config("common/data/coco.py").dataloader
 
+dataloader.train.mapper._target_ = BitmaskMapper
 dataloader.train.mapper.image_format = "RGB"
 dataloader.train.mapper.augmentations = [
     L(T.RandomFlip)(horizontal=True),

@@ -6,14 +6,13 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import reduce_param_groups
 from fvcore.common.param_scheduler import MultiStepParamScheduler, ParamScheduler
 from torch import nn
 
 from .errors import UserError
 
-__all__ = ["parameter_groups", "warmup_multi_step"]
+__all__ = ["WarmupMultiStep", "parameter_groups"]
 
 
 def parameter_groups(
@@ -77,36 +76,37 @@ def _compiled(pattern: str, names: list[str]) -> re.Pattern[str]:
     return expression
 
 
-def warmup_multi_step(
-    *,
-    max_iter: int,
-    epochs: float,
-    drops: Sequence[float],
-    warmup_iters: int,
-    gamma: float = 0.1,
-    warmup_factor: float = 0.001,
-) -> ParamScheduler:
-    """Linear warm-up, then a learning rate that drops by ``gamma`` after given epochs.
+class WarmupMultiStep(ParamScheduler):
+    """Linear warm-up, times a learning rate that drops tenfold after given epochs.
+
+    Called with the training's progress in [0, 1) it gives the factor on the learning rate, for
+    Detectron2's ``LRMultiplier``.
 
     Args:
         max_iter: optimizer steps of the whole training.
-        epochs: the length of the training in any unit, say epochs.
-        drops: when the rate drops, in the same unit, rising, between 0 and ``epochs``. They move
-            with ``max_iter``; the warm-up does not.
-        warmup_iters: steps of warm-up; a shorter training is all warm-up.
-        gamma: factor of one drop.
-        warmup_factor: the first step's factor.
-
-    Returns:
-        From the training's progress in [0, 1) to the factor on the learning rate, for Detectron2's
-        ``LRMultiplier``.
+        epochs: what they are divided into.
+        drops: after how many epochs the rate drops, rising. They move with ``max_iter``; the
+            warm-up does not.
+        warmup_iters: the steps in which the factor rises from ``warmup_factor`` to 1.
+        warmup_factor: factor at the first step.
     """
-    return WarmupParamScheduler(
-        MultiStepParamScheduler(
-            values=[gamma**i for i in range(len(drops) + 1)],
-            milestones=[round(drop / epochs * max_iter) for drop in drops],
-            num_updates=max_iter,
-        ),
-        warmup_factor=warmup_factor,
-        warmup_length=min(warmup_iters / max_iter, 1.0),
-    )
+
+    def __init__(
+        self,
+        *,
+        max_iter: int,
+        epochs: int,
+        drops: Sequence[int],
+        warmup_iters: int,
+        warmup_factor: float = 0.001,
+    ) -> None:
+        self._steps = MultiStepParamScheduler(
+            values=[0.1**i for i in range(len(drops) + 1)], milestones=[*drops, epochs]
+        )
+        self._max_iter = max_iter
+        self._warmup_iters = warmup_iters
+        self._warmup_factor = warmup_factor
+
+    def __call__(self, where: float) -> float:
+        warmed = min(where * self._max_iter / max(self._warmup_iters, 1), 1.0)
+        return self._steps(where) * (self._warmup_factor + (1 - self._warmup_factor) * warmed)
