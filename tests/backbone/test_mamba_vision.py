@@ -76,6 +76,12 @@ def test_multiply_adds_are_the_published_ones(variant, published, monkeypatch):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_classification_windows_are_the_whole_map(variant):
+    pixels = int(variant.partition("_")[2] or 224)
+    assert VARIANTS[variant]["window_size"] == (8, 8, pixels // 16, pixels // 32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_parameter_gets_a_gradient(variant):
     backbone = MambaVision(**(_narrow(variant) | {"drop_path_rate": 0.0})).train()
     features = backbone(torch.randn(2, 3, 64, 96))
@@ -125,6 +131,15 @@ def test_some_features_equal_those_of_the_whole(nano, names):
         assert torch.equal(features[name], expected[name])
     sum(feature.sum() for feature in features.values()).backward()
     assert all(p.grad is not None for p in part.parameters())
+
+
+@pytest.mark.parametrize(("padding", "tokens"), [("full", 4 * 4), ("fit", 4 * 3)])
+def test_fit_cuts_smaller_windows(nano, padding, tokens):
+    backbone = MambaVision(**nano, window_padding=padding)
+    shapes = []
+    backbone.levels[2].blocks[0].register_forward_hook(lambda m, x, y: shapes.append(y.shape))
+    backbone(torch.randn(3, 3, 64, 96))  # 4 x 6 tokens in windows of 4: two for each image
+    assert shapes == [(6, tokens, 64)]
 
 
 def test_fit_equals_full_on_whole_windows(nano):
@@ -238,6 +253,13 @@ def test_freezing_fewer_stages_than_asked_for(nano):
     assert not any(p.requires_grad for p in backbone.parameters())
 
 
+def test_backends_reach_every_mixer(nano):
+    with pytest.raises(UserError, match="'nowhere'"):
+        MambaVision(**nano, scan_backend="nowhere")(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(UserError, match="'nowhere'"):
+        MambaVision(**nano, conv_backend="nowhere")(torch.zeros(1, 3, 32, 32))
+
+
 def test_drop_path_rises_linearly(nano):
     backbone = MambaVision(**nano, drop_path_rate=0.6)  # 7 blocks
     rates = [m.p for m in backbone.modules() if isinstance(m, StochasticDepth)]
@@ -267,6 +289,8 @@ def test_convolutional_layer_scale(nano):
         "levels.1.blocks.0.gamma": [32],
     }
     assert all((gamma == 0.25).all() for gamma in gammas.values())
+    backbone(torch.randn(1, 3, 64, 64))["res5"].square().sum().backward()
+    assert all(gamma.grad.all() for gamma in gammas.values())
 
 
 @pytest.mark.parametrize(
