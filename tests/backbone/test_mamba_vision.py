@@ -364,6 +364,7 @@ def test_wrong_input(nano, shape, message):
         ("in_dim", True, "a positive whole number"),
         ("in_chans", "3", "a positive whole number"),
         ("mlp_ratio", 0, "a positive number"),
+        ("mlp_ratio", "4", "a positive number"),
         ("drop_path_rate", 1.0, r"a number in \[0, 1\)"),
         ("freeze_at", 6, "a whole number from 0 to 5"),
         ("window_padding", "none", '"full" or "fit"'),

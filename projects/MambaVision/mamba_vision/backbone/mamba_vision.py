@@ -87,8 +87,9 @@ class MambaVision(Backbone):
         depths = _per_stage("depths", depths)
         num_heads = _per_stage("num_heads", num_heads)
         window_size = _per_stage("window_size", window_size)
-        _check("mlp_ratio", mlp_ratio, mlp_ratio > 0, "a positive number")
-        _check("drop_path_rate", drop_path_rate, 0 <= drop_path_rate < 1, "a number in [0, 1)")
+        _check("mlp_ratio", mlp_ratio, _is_number(mlp_ratio) and mlp_ratio > 0, "a positive number")
+        rate_fits = _is_number(drop_path_rate) and 0 <= drop_path_rate < 1
+        _check("drop_path_rate", drop_path_rate, rate_fits, "a number in [0, 1)")
         _check("freeze_at", freeze_at, freeze_at in range(6), "a whole number from 0 to 5")
         _check("window_padding", window_padding, window_padding in PADDINGS, _either(PADDINGS))
         for name, value in (("dim", dim), ("in_dim", in_dim), ("in_chans", in_chans)):
@@ -225,6 +226,10 @@ def _features(names: Iterable[str]) -> list[str]:
     known = 0 < len(names) == len(set(names)) and set(names) <= set(_FEATURES)
     _check("out_features", names, known, f"one or more of {', '.join(_FEATURES)}, each once")
     return [feature for feature in _FEATURES if feature in names]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_positive_integer(value: object) -> bool:
