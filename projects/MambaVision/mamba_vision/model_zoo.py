@@ -11,14 +11,12 @@ from omegaconf import DictConfig
 from torch import nn
 
 from .checkpoint import MambaVisionCheckpointer
+from .checkpoint.released import DETECTORS as RELEASED
 from .errors import UserError
 
 __all__ = ["RELEASED", "get", "get_config", "names"]
 
 CONFIGS = Path(__file__).with_name("configs")
-
-RELEASED: dict[str, str] = {}
-"""Where the released weights of a config are: config name -> https URL."""
 
 
 def names() -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..backbone import MambaVision
 from ..errors import UserError
 from .convert import convert, is_released
-from .files import atomic_write
+from .files import atomic_write, fetch
 from .reader import read_checkpoint
 
 __all__ = ["MambaVisionCheckpointer"]
@@ -48,7 +48,7 @@ class MambaVisionCheckpointer(DetectionCheckpointer):
             UserError: the file cannot be had or read, or its weights are of another model.
         """
         try:
-            return super().load(self._fetch(path) if path else path, *args, **kwargs)
+            return super().load(fetch(path) if path else path, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None  # which the base class expects, also after an error
 
@@ -77,19 +77,6 @@ class MambaVisionCheckpointer(DetectionCheckpointer):
         """Note which file of the directory :meth:`get_checkpoint_file` is to name."""
         with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:
             file.write(last_filename_basename.encode())
-
-    def _fetch(self, path: str) -> str:
-        url, _, _ = path.partition("?") if re.match(r"https?://", path) else (path, "", "")
-        try:
-            local = self.path_manager.get_local_path(url)
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be downloaded: {error}; check the address and the network, or "
-                "download it by hand and give the file"
-            ) from None
-        if not os.path.isfile(local):
-            read_checkpoint(local)  # says what is wrong with it
-        return local
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         data = read_checkpoint(filename)

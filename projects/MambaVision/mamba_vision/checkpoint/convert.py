@@ -27,10 +27,11 @@ class Conversion:
 
     Attributes:
         source: ``"mmdetection detector"`` or ``"ImageNet backbone"``.
-        variant: the names of :data:`~mamba_vision.backbone.VARIANTS` whose tensors these are;
-            several differ in their windows alone, and none fits a backbone of another size.
+        variant: the names of :data:`~mamba_vision.backbone.VARIANTS` that have these tensors, of
+            which there are several where only the windows differ; none for other sizes.
         num_classes: of the detector's heads, without the background; None for a backbone.
         weights: Detectron2's name -> tensor.
+        moved: the beginning of names in ``weights`` -> how many of them there are.
         left_out: name in the file -> why it is not among the weights.
     """
 
@@ -38,21 +39,18 @@ class Conversion:
     variant: tuple[str, ...]
     num_classes: int | None
     weights: dict[str, Tensor]
-    left_out: dict[str, str]
+    moved: Mapping[str, int]
+    left_out: Mapping[str, str]
 
     def __str__(self) -> str:
         """What was recognised, where the tensors went, and what was left out, line by line."""
-        variant = " or ".join(self.variant) or "of a size that was not published"
+        variant = " or ".join(self.variant) or "of sizes of its own"
         classes = "" if self.num_classes is None else f", {self.num_classes} classes"
         lines = [f"{self.source}, MambaVision {variant}{classes}"]
-        parts = Counter(
-            re.match(r"(backbone(?:\.bottom_up)?|[^.]*(?:\.[^.]*_head)?)", name)[0]  # type: ignore[index]
-            for name in self.weights
-        )
-        lines += [f"{count:6d} tensors -> {part}.*" for part, count in parts.items()]
-        for reason, count in Counter(self.left_out.values()).items():
+        lines += [f"{count:6d} tensors -> {part}*" for part, count in self.moved.items()]
+        for reason in dict.fromkeys(self.left_out.values()):
             names = [name for name, why in self.left_out.items() if why == reason]
-            lines.append(f"{count:6d} left out ({reason}): {', '.join(names)}")
+            lines.append(f"{len(names):6d} left out ({reason}): {', '.join(names)}")
         return "\n".join(lines)
 
 
@@ -81,12 +79,15 @@ def convert(data: Mapping[str, Any], *, prefix: str = "backbone.bottom_up.") -> 
     wrapped, left_out = _weights(data)
     tensors = _unwrap(wrapped)
     detector = f"backbone.{_FIRST}" in tensors
+    if any(name.startswith(f"backbone.bottom_up.{_FIRST}") for name in tensors):
+        raise UserError("it is a Detectron2 checkpoint already; use it as it is")
     if not detector and _FIRST not in tensors:
         raise UserError(
             f"the file has no {_FIRST!r} of a MambaVision under any known prefix; give one of "
             "NVIDIA's ImageNet backbones or mmdetection detectors"
         )
-    weights: dict[str, Tensor] = {}
+    heads: dict[str, Tensor] = {}
+    moved: Counter[str] = Counter()
     backbone: dict[str, Tensor] = {}
     strangers = []
     for name, value in tensors.items():
@@ -96,7 +97,8 @@ def convert(data: Mapping[str, Any], *, prefix: str = "backbone.bottom_up.") -> 
             left_out[name] = "the classifier's"
         elif detector and not name.startswith("backbone."):
             if new := head_name(name):
-                weights[new] = value
+                heads[new] = value
+                moved[re.match(r"\w+\.[a-z_]+", new)[0]] += 1  # type: ignore[index]
             else:
                 strangers.append(name)
         else:
@@ -114,7 +116,8 @@ def convert(data: Mapping[str, Any], *, prefix: str = "backbone.bottom_up.") -> 
         source="mmdetection detector" if detector else "ImageNet backbone",
         variant=_variant(arguments),
         num_classes=None if classes is None else len(classes) - 1,
-        weights={f"{prefix}{name}": value for name, value in backbone.items()} | weights,
+        weights={f"{prefix}{name}": value for name, value in backbone.items()} | heads,
+        moved={prefix: len(backbone), **moved},
         left_out=left_out,
     )
 

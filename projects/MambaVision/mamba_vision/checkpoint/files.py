@@ -1,17 +1,48 @@
-"""Writing a file all or nothing."""
+"""Files from elsewhere, and files written all or nothing."""
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from detectron2.utils.file_io import PathManager
+
 from ..errors import UserError
 
-__all__ = ["atomic_write"]
+__all__ = ["atomic_write", "fetch"]
+
+
+def fetch(path: str | os.PathLike[str]) -> str:
+    """Get a local copy of a file.
+
+    Args:
+        path: a local file, or anything that Detectron2's PathManager knows: an ``https://`` URL is
+            downloaded once, into fvcore's cache ($FVCORE_CACHE, else ~/.torch/iopath_cache).
+
+    Returns:
+        The path of the copy, or the local file's own.
+
+    Raises:
+        UserError: there is no such file, or it cannot be downloaded.
+    """
+    path = os.fspath(path)
+    is_url = re.match(r"https?://", path)
+    try:
+        # A query, such as Hugging Face's ?download=true, would become part of the copy's name.
+        local = PathManager.get_local_path(path.partition("?")[0] if is_url else path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be downloaded: {error}; check the address and the network, or "
+            "download it by hand and give the file"
+        ) from None
+    if not os.path.exists(local):
+        raise UserError(f"{path}: there is no such file; check the path")
+    return local
 
 
 @contextmanager
