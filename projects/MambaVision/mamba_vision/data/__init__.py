@@ -7,11 +7,16 @@ first use they are drawn into ``$DETECTRON2_DATASETS/shapes`` (by default ``./da
 import os
 from pathlib import Path
 
+from .checks import check_dataset
+from .mappers import OpenCVDatasetMapper, OpenCVResize
 from .shapes import CLASSES, COLORS, draw_shapes, register_shapes
 
 __all__ = [
     "CLASSES",
     "COLORS",
+    "OpenCVDatasetMapper",
+    "OpenCVResize",
+    "check_dataset",
     "draw_shapes",
     "register_shapes",
 ]

@@ -1,15 +1,14 @@
 """``python -m mamba_vision.data FOLDER``: draw scenes of shapes, in COCO's format."""
 
-import argparse
 import sys
 
-from ..errors import cli
+from ..errors import ArgumentParser, cli
 from .shapes import draw_shapes
 
 
 @cli
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mamba_vision.data", description=__doc__)
+    parser = ArgumentParser(prog="python -m mamba_vision.data", description=__doc__)
     parser.add_argument("folder", help="where to draw; it must not exist yet, or be empty")
     parser.add_argument("--images", type=int, default=300, help="how many (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (%(default)s)")
