@@ -16,7 +16,7 @@ import torch
 
 from .unpickle import Name, Placeholder, Shell
 
-__all__ = ["BUILDERS", "Storage"]
+__all__ = ["BUILDERS", "Storage", "rebuild_tensor"]
 
 
 @dataclass
