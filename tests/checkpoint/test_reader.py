@@ -199,11 +199,11 @@ class TestUnfit:
         assert "\n" not in str(caught.value)
 
     def test_directory(self, tmp_path):
-        with pytest.raises(UserError, match="it is a directory"):
+        with pytest.raises(UserError, match="cannot be read: Is a directory"):
             read_checkpoint(tmp_path)
 
     def test_missing(self, path):
-        with pytest.raises(UserError, match=r"weights\.pth: cannot be opened: No such file"):
+        with pytest.raises(UserError, match=r"weights\.pth: cannot be read: No such file"):
             read_checkpoint(path)
 
     def test_whole_model(self, path):

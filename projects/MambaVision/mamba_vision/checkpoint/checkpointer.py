@@ -16,6 +16,7 @@ from ..errors import UserError
 from .convert import convert, is_released
 from .files import atomic_write, fetch
 from .reader import read_checkpoint
+from .unpickle import Placeholder
 
 __all__ = ["MambaVisionCheckpointer"]
 
@@ -80,39 +81,23 @@ class MambaVisionCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         data = read_checkpoint(filename)
+        if not {"model", "state_dict"} & data.keys():
+            data = {"model": data}
+        own = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        home = _home(self.model)
         try:
-            if is_released(data):
-                conversion = convert(data, prefix=_home(self.model))
+            if not isinstance(data.get("model", {}), dict):
+                raise UserError("its 'model' is no dict of weights; give a checkpoint")
+            # A backbone by itself has the released names too; its own checkpoints hold them all.
+            complete = own.keys() <= data.get("model", {}).keys()
+            if "model" not in data or (is_released(data) and not complete):
+                conversion = convert(data, prefix=home)
                 self.logger.info("%s:\n%s", filename, conversion)
                 data = {"model": conversion.weights}
-            elif "model" not in data:
-                data = {"model": data}
-            self._check(data["model"])
+            _check(data["model"], own, home)
         except UserError as error:
             raise UserError(f"{filename}: {error}") from None
         return data
-
-    def _check(self, weights: Any) -> None:
-        """Refuse weights of which none is the model's, or whose backbone is of another size."""
-        if not isinstance(weights, dict):
-            raise UserError("its 'model' is no dict of weights; give a checkpoint")
-        for name, value in weights.items():
-            if not isinstance(value, (Tensor, np.ndarray)):
-                raise UserError(f"its weight {name!r} is a {type(value).__name__}, not a tensor")
-        own = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        shapes = {name.removeprefix("module."): tuple(w.shape) for name, w in weights.items()}
-        if not own.keys() & shapes.keys():
-            raise UserError(
-                f"none of its {len(weights)} weights is the model's; it has names like "
-                f"{', '.join(list(shapes)[:3])}; give weights of this model, or another config"
-            )
-        home = _home(self.model)
-        for name, shape in shapes.items():
-            if name.startswith(home) and own.get(name, shape) != shape:
-                raise UserError(
-                    f"its backbone is of another size: {name} is {shape}, the model's is "
-                    f"{own[name]}; give weights of the model's variant, or another config"
-                )
 
     def _load_model(self, checkpoint: Any) -> Any:
         incompatible = super()._load_model(checkpoint)
@@ -138,3 +123,23 @@ def _home(model: nn.Module) -> str:
         if isinstance(module, MambaVision):
             return f"{name}." if name else ""
     return "backbone.bottom_up."
+
+
+def _check(weights: dict[str, Any], own: dict[str, tuple[int, ...]], home: str) -> None:
+    """Refuse weights of which none is the model's, or whose backbone is of another size."""
+    for name, value in weights.items():
+        if not isinstance(value, (Tensor, np.ndarray)):
+            kind = value.name if isinstance(value, Placeholder) else type(value).__name__
+            raise UserError(f"its weight {name!r} is a {kind}, not a tensor; give a checkpoint")
+    shapes = {name.removeprefix("module."): tuple(value.shape) for name, value in weights.items()}
+    if not own.keys() & shapes.keys():
+        raise UserError(
+            f"none of its {len(weights)} weights is the model's; it has names like "
+            f"{', '.join(list(shapes)[:3])}; give weights of this model, or another config"
+        )
+    for name, shape in shapes.items():
+        if name.startswith(home) and own.get(name, shape) != shape:
+            raise UserError(
+                f"its backbone is of another size: {name} is {shape}, the model's is {own[name]}; "
+                "give weights of the model's variant, or another config"
+            )

@@ -92,8 +92,11 @@ def convert(data: Mapping[str, Any], *, prefix: str = "backbone.bottom_up.") -> 
     strangers = []
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            strangers.append(f"{name} ({type(value).__name__})")
-        elif not detector and name.startswith(CLASSIFIER):
+            raise UserError(
+                f"the weight {name!r} is a {type(value).__name__}, not a tensor; "
+                "download the file again"
+            )
+        if not detector and name.startswith(CLASSIFIER):
             left_out[name] = "the classifier's"
         elif detector and not name.startswith("backbone."):
             if new := head_name(name):
@@ -173,17 +176,18 @@ def _check_backbone(
 ) -> list[str]:
     """Compare a backbone's names and shapes with those of the model that the arguments build.
 
+    Only a detector's has norms of its features.
+
     Returns:
         The tensors that the model does not have.
     """
     with torch.device("meta"):
         model = MambaVision(**arguments, num_heads=(1,) * 4, window_size=(8,) * 4)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if not feature_norms:
-        expected = {name: shape for name, shape in expected.items() if "outnorm" not in name}
-    lacking = [n for n in expected if n not in backbone and not n.endswith(_COUNTER)]
+    optional = (_COUNTER,) if feature_norms else (_COUNTER, "outnorm")
+    lacking = [n for n in expected.keys() - backbone.keys() if not any(o in n for o in optional)]
     if lacking:
-        raise UserError(f"the backbone lacks {_some(lacking)}; download the file again")
+        raise UserError(f"the backbone lacks {_some(sorted(lacking))}; download the file again")
     return [
         name if name not in expected else f"{name} of shape {tuple(tensor.shape)}"
         for name, tensor in backbone.items()

@@ -40,8 +40,9 @@ def fetch(path: str | os.PathLike[str]) -> str:
             f"{path}: cannot be downloaded: {error}; check the address and the network, or "
             "download it by hand and give the file"
         ) from None
-    if not os.path.exists(local):
-        raise UserError(f"{path}: there is no such file; check the path")
+    if not os.path.isfile(local):
+        reason = "it is a directory" if os.path.isdir(local) else "there is no such file"
+        raise UserError(f"{path}: {reason}; check the path")
     return local
 
 

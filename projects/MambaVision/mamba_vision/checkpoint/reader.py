@@ -66,8 +66,6 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             command.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: it is a directory; name the file of weights in it")
     try:
         with path.open("rb") as file:
             data = _read(file)
@@ -80,7 +78,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path}: not a file of weights: {error}") from None
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be opened: {error.strerror or error}; check the path"
+            f"{path}: cannot be read: {error.strerror or error}; check the path"
         ) from None
     except (
         ArithmeticError,
