@@ -14,9 +14,11 @@ from mamba_vision.errors import UserError
 
 
 @pytest.fixture
-def warnings(caplog):
+def warnings(caplog, monkeypatch):
     """What the checkpointer warned of, so far."""
-    caplog.set_level(logging.INFO)
+    logger = logging.getLogger("fvcore")
+    monkeypatch.setattr(logger, "propagate", True)  # which Detectron2's setup_logger changes
+    caplog.set_level(logging.INFO, logger.name)
     return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
