@@ -122,7 +122,7 @@ class OpenCVResize(T.Augmentation):
 
     def get_transform(self, image: np.ndarray) -> OpenCVResizeTransform:
         h, w = image.shape[:2]
-        choice = int(self._rand_range(high=len(self.short_edge_length)))
+        choice = int(self._rand_range(0, len(self.short_edge_length)))
         return OpenCVResizeTransform(h, w, *self.output_size(h, w, self.short_edge_length[choice]))
 
     def output_size(self, h: int, w: int, short_edge_length: int) -> tuple[int, int]:
