@@ -1,6 +1,7 @@
 import copy
 import logging
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,3 +231,10 @@ def test_model_zoo_has_the_released_detectors(detector, released, monkeypatch):
     monkeypatch.setattr(model_zoo, "instantiate", lambda _: detector())
     model = model_zoo.get(name, trained=True, device="cpu")
     assert same(model.state_dict(), convert(read_checkpoint(released)).weights)
+
+
+def test_the_docs_list_the_released_detectors():
+    page = (Path(__file__).parents[2] / "docs/model_zoo.md").read_text()
+    for name, address in model_zoo.RELEASED.items():
+        assert f"[model]({address})" in page
+        assert f"(../configs/{name}.py)" in page
