@@ -115,6 +115,10 @@ class TestSound:
         class HistoryBuffer:
             def __init__(self):
                 self.history = np.arange(3)
+                self.statistics = {"mean": HistoryBuffer.mean}  # as mmengine's does
+
+            def mean(self):
+                raise AssertionError("this must not run")
 
             def __setstate__(self, state):
                 raise AssertionError("this must not run")
@@ -133,6 +137,8 @@ class TestSound:
             cls.__module__ = module.__name__
             cls.__qualname__ = cls.__name__
             setattr(module, cls.__name__, cls)
+        HistoryBuffer.mean.__module__ = module.__name__
+        HistoryBuffer.mean.__qualname__ = "HistoryBuffer.mean"
         sys.modules[module.__name__] = module
         try:
             data = {
@@ -141,6 +147,7 @@ class TestSound:
                 "log": Log([1, 2]),
                 "level": Level(3),
                 "class": Level,
+                "method": HistoryBuffer.mean,
                 "args": argparse.Namespace(lr=1),
                 "time": datetime.datetime(2025, 1, 1),
                 "objects": np.array([None, 1], dtype=object),

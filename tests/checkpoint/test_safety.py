@@ -74,6 +74,9 @@ class TestHostile:
             b"ccommands\ngetoutput\n(S'touch trap'\ntR.",
             b"cabsent\nBox\n(tR(S'x'\ntR.",  # a call of what a call gave
             b"(S'x'\n(tR.",
+            b"c__builtin__\ngetattr\n(cabsent\nBox\nS'system'\ntR(S'touch trap'\ntR.",
+            b"c__builtin__\ngetattr\n(cabsent\nBox\nS'__subclasses__'\ntR.",
+            b"c__builtin__\ngetattr\n(cabsent\nmodule\nS'os'\ntR.",
         ],
     )
     def test_handwritten_programs_are_refused(self, path, program, trap):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .unpickle import Name, Placeholder, Shell
+from .unpickle import Name, Placeholder, Shell, UnsafeError, refuse_name
 
 __all__ = ["BUILDERS", "Storage", "rebuild_tensor"]
 
@@ -152,6 +152,17 @@ def _object(cls: Any, *_: Any) -> Placeholder:
     return Placeholder(cls.name if isinstance(cls, Name) else "object")
 
 
+def _attribute(owner: Any, name: Any) -> Placeholder:
+    """``getattr``: how old protocols name a class's method, which is then as inert as the class.
+
+    mmengine's HistoryBuffer keeps some of its own.
+    """
+    if not isinstance(owner, Name) or not isinstance(name, str):
+        raise UnsafeError("it takes an attribute of something that is no class")
+    refuse_name(f"{owner.name}.{name}")
+    return Placeholder(f"{owner.name}.{name}")
+
+
 def _inert(name: str) -> Any:
     return lambda *_: Placeholder(name)
 
@@ -202,6 +213,7 @@ BUILDERS: dict[str, Any] = {
     "_codecs.encode": _encode,
     "builtins.bytes": lambda: b"",  # how protocol 2 writes no bytes
     "builtins.bytearray": _bytearray,
+    "builtins.getattr": _attribute,
     "builtins.complex": lambda *parts: complex(*map(float, parts)),
     "builtins.set": lambda values=(): set(_scalars(values)),
     "builtins.frozenset": lambda values=(): frozenset(_scalars(values)),

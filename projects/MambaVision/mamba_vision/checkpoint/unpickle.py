@@ -19,7 +19,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any
 
-__all__ = ["Interpreter", "Name", "Placeholder", "Shell", "UnsafeError"]
+__all__ = [
+    "Interpreter",
+    "Name",
+    "Placeholder",
+    "Shell",
+    "UnsafeError",
+    "refuse_call",
+    "refuse_name",
+]
 
 # Training checkpoints of large detectors take some 100,000 steps; no step makes more than a few
 # hundred bytes out of nothing, so this bounds the time and the memory that a pickle can cost.
