@@ -67,7 +67,7 @@ def same(device, result, expected):
     """Bit for bit on a CPU; a GPU may add up in another order."""
     assert result.dtype == expected.dtype
     torch.testing.assert_close(
-        result, expected, **(dict(rtol=0, atol=0) if device == "cpu" else CLOSE)
+        result, expected, **({"rtol": 0, "atol": 0} if device == "cpu" else CLOSE)
     )
 
 

@@ -80,6 +80,11 @@ class Backends:
             )
         return backend
 
+    def obstacle(self, name: str, *tensors: Tensor | None) -> str | None:
+        """Return why the backend called ``name`` cannot be used on ``tensors``, None if it can."""
+        backend = self._usable(name, *tensors)
+        return backend if isinstance(backend, str) else None
+
     def _best(self, *tensors: Tensor | None) -> Backend:
         passed = []
         for name in self.modules:
@@ -131,6 +136,6 @@ def check_shape(name: str, tensor: Tensor, legend: str, sizes: dict[str, int]) -
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """A context in which autocast leaves dtypes alone: the operators choose theirs themselves."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -11,6 +11,7 @@ def obstacle(*tensors: Tensor | None) -> None:
     """Runs wherever PyTorch does."""
 
 
+@torch.compiler.disable  # Compiled, its loop over tokens would be unrolled.
 def run(
     u: Tensor,
     delta: Tensor,

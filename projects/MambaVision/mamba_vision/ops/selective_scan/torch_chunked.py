@@ -33,6 +33,7 @@ def obstacle(*tensors: Tensor | None) -> None:
     """Runs wherever PyTorch does."""
 
 
+@torch.compiler.disable  # Compiled, its loops over steps would be unrolled.
 def run(
     u: Tensor,
     delta: Tensor,
