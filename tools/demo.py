@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from detectron2.data.detection_utils import read_image
 from tqdm import tqdm
 
+from mamba_vision.data.mappers import read_image
 from mamba_vision.engine import (
     Predictor,
     draw_instances,
@@ -60,12 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for image, picture in zip(tqdm(images, unit="image"), pictures):
         try:
             found = predictor(image)
+            pixels = read_image(str(image))
         except UserError as error:
             tqdm.write(f"skipped: {error}", file=sys.stderr)
             unreadable += 1
             continue
         found = found[found.scores >= args.confidence]
-        write_png(picture, draw_instances(read_image(image, "RGB"), found, predictor.metadata))
+        write_png(picture, draw_instances(pixels, found, predictor.metadata))
     print(f"{len(images) - unreadable} pictures in {args.output}, {unreadable} images skipped")
     return 1 if unreadable else 0
 

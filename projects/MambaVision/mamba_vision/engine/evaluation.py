@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from ..checkpoint.files import atomic_write
 
 __all__ = ["do_test"]
 
@@ -45,7 +46,10 @@ def do_test(config: DictConfig, model: nn.Module) -> dict[str, dict[str, float]]
     )
     if comm.is_main_process():
         print_csv_format(results)
-        _write_json(Path(config.train.output_dir) / "results.json", results)
+        output = Path(config.train.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        with atomic_write(output / "results.json") as file:
+            file.write(json.dumps(_without_nan(results), indent=2).encode())
     return results
 
 
@@ -57,16 +61,6 @@ def _share_buffers(model: nn.Module) -> None:
     if comm.get_world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(_without_nan(value), indent=2) + "\n")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _without_nan(value: Any) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ..checkpoint.files import atomic_write
 from ..errors import UserError
 
 __all__ = ["find_images", "name_pictures", "write_png"]
@@ -75,9 +75,5 @@ def name_pictures(images: Sequence[Path], folder: Path, *, overwrite: bool = Fal
 def write_png(path: Path, image: np.ndarray) -> None:
     """Write an RGB image, (H, W, 3), uint8, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        Image.fromarray(image).save(beside, format="PNG")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        Image.fromarray(image).save(file, format="PNG")

@@ -114,10 +114,8 @@ def _fit(text: str, value: Any, current: Any) -> Any:
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:
     """Every key below a node that an override may name."""
     if isinstance(node, DictConfig):
-        for name in _arguments(node):
-            if name not in list(node):
-                yield f"{prefix}{name}"
-        inner = [name for name in node if name != "_target_"]
+        yield from (f"{prefix}{name}" for name in _arguments(node) if name not in list(node))
+        inner: list[Any] = [name for name in node if name != "_target_"]
     elif isinstance(node, ListConfig):
         inner = list(range(len(node)))
     else:

@@ -59,9 +59,11 @@ class Predictor:
         """
         try:
             sample: dict[str, Any] = self._mapper({"file_name": str(path)})
+        except UserError:
+            raise
         except Exception as error:  # decoders raise whatever they please
             reason = str(error).split("\n", 1)[0]
-            raise UserError(f"{path} cannot be read as an image ({reason}); mend it") from error
+            raise UserError(f"cannot read image {path}: {reason}; replace the file") from error
         return self.model([sample])[0]["instances"].to("cpu")
 
 

@@ -101,6 +101,7 @@ def do_train(args: argparse.Namespace, config: DictConfig) -> None:
 
 def _writers(config: DictConfig) -> list[EventWriter]:
     folder = Path(config.train.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     writers = [
         CommonMetricPrinter(config.train.max_iter),
         JSONWriter(str(folder / "metrics.json")),

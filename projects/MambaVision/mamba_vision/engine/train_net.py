@@ -8,9 +8,11 @@ from pathlib import Path
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from ..checkpoint import MambaVisionCheckpointer
+from ..checkpoint import MambaVisionCheckpointer, read_checkpoint
+from ..checkpoint.files import fetch
+from ..data import check_dataset
 from ..errors import ArgumentParser, UserError
 from .config import find_config, load_config
 from .evaluation import do_test
@@ -54,7 +56,8 @@ def train_net(args: argparse.Namespace) -> None:
     args.config_file = str(find_config(args.config_file))
     config = load_config(args.config_file, args.opts)
     check_processes(args, config)
-    _check_checkpoints(args, config)
+    _check_weights(args, config)
+    _check_data(args, config)
     launch(_run, args)
 
 
@@ -75,23 +78,29 @@ def _run(args: argparse.Namespace) -> None:
     do_test(config, model)
 
 
-def _check_checkpoints(args: argparse.Namespace, config: DictConfig) -> None:
-    weights = config.train.get("init_checkpoint") or ""
+def _check_weights(args: argparse.Namespace, config: DictConfig) -> None:
     output = Path(config.train.output_dir)
     if output.exists() and not output.is_dir():
         raise UserError(f"train.output_dir={output} is not a folder; name another")
+    weights = config.train.get("init_checkpoint") or ""
     tag = output / "last_checkpoint"
     if args.resume and tag.is_file():
-        newest = output / tag.read_text().strip()
-        if not newest.is_file():
-            raise UserError(f"{tag} names {newest}, which is missing; name another there")
-        return
-    if tag.is_file() and not args.eval_only:
+        weights = output / tag.read_text().strip()
+    elif args.eval_only and not weights:
+        raise UserError("--eval-only needs weights; give train.init_checkpoint=FILE")
+    elif tag.is_file() and not args.eval_only:
         raise UserError(
             f"train.output_dir={output} holds a training already; give --resume to go on with it, "
             "or another train.output_dir"
         )
-    if args.eval_only and not weights:
-        raise UserError("--eval-only needs weights; give train.init_checkpoint=FILE")
-    if weights and "://" not in weights and not Path(weights).is_file():
-        raise UserError(f"train.init_checkpoint={weights} does not exist; give a file of weights")
+    if weights:
+        read_checkpoint(fetch(weights))
+
+
+def _check_data(args: argparse.Namespace, config: DictConfig) -> None:
+    loaders = ("test",) if args.eval_only else ("train", "test")
+    found = (OmegaConf.select(config, f"dataloader.{x}.dataset.names") or () for x in loaders)
+    names = [name for x in found for name in ([x] if isinstance(x, str) else x)]
+    classes = OmegaConf.select(config, "model.roi_heads.num_classes")
+    for name in dict.fromkeys(names):
+        check_dataset(name, classes)

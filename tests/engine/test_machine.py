@@ -1,0 +1,115 @@
+"""Fitting a run to the machine."""
+
+import argparse
+
+import pytest
+import torch
+from detectron2.layers import NaiveSyncBatchNorm
+from detectron2.utils import comm
+from omegaconf import OmegaConf
+from torch import nn
+
+from mamba_vision.engine import build_model, check_processes, fit_to_machine
+from mamba_vision.errors import UserError
+
+
+def arguments(**changes):
+    return argparse.Namespace(**{"num_gpus": 1, "num_machines": 1, "machine_rank": 0} | changes)
+
+
+def config(device="cuda", batch=16, amp=True):
+    return OmegaConf.create(
+        {
+            "dataloader": {"train": {"total_batch_size": batch}},
+            "train": {"device": device, "amp": {"enabled": amp}},
+        }
+    )
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    def pretend(count):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "device"),
+    [
+        (0, {}, "cuda"),
+        (0, {"num_gpus": 0}, "cuda"),
+        (0, {"num_gpus": 4}, "cpu"),
+        (4, {"num_gpus": 4}, "cuda"),
+        (4, {"num_gpus": 4, "num_machines": 2, "machine_rank": 1}, "cuda"),
+    ],
+)
+def test_takes_what_the_machine_can_do(gpus, count, changes, device):
+    gpus(count)
+    check_processes(arguments(**changes), config(device))
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "batch", "message"),
+    [
+        (0, {"num_gpus": 4}, 16, "--num-gpus 4, but this machine has no GPU; leave it out"),
+        (1, {"num_gpus": 2}, 16, "--num-gpus 2, but this machine has 1 GPU; give --num-gpus 1"),
+        (2, {"num_gpus": 8}, 16, "has 2 GPUs; give --num-gpus 2"),
+        (2, {"num_gpus": -1}, 16, "--num-gpus must be 0 or more"),
+        (2, {"num_machines": 0}, 16, "--num-machines 1 or more"),
+        (2, {"num_machines": 2, "machine_rank": 2}, 16, "--machine-rank 2 must be from 0 to"),
+        (4, {"num_gpus": 4}, 6, "dataloader.train.total_batch_size=6 cannot be shared by 4"),
+        (2, {"num_gpus": 2, "num_machines": 2}, 6, "cannot be shared by 4"),
+    ],
+)
+def test_refuses_what_it_cannot(gpus, count, changes, batch, message):
+    gpus(count)
+    with pytest.raises(UserError, match=message):
+        check_processes(arguments(**changes), config(batch=batch))
+
+
+def test_falls_back_to_the_cpu_with_a_word(gpus):
+    gpus(0)
+    changed = config()
+    words = fit_to_machine(arguments(), changed)
+    assert changed.train.device == "cpu"
+    assert not changed.train.amp.enabled
+    assert words == [
+        "No GPU found: using the CPU",
+        "On the CPU train.amp is off: everything is computed in float32",
+    ]
+
+
+def test_says_nothing_when_all_is_well(gpus):
+    gpus(1)
+    changed = config()
+    assert fit_to_machine(arguments(), changed) == []
+    assert changed == config()
+
+
+def test_no_gpus_asked_for_means_the_cpu(gpus):
+    gpus(1)
+    changed = config(amp=False)
+    assert fit_to_machine(arguments(num_gpus=0), changed) == ["No GPU asked for: using the CPU"]
+    assert changed.train.device == "cpu"
+
+
+def test_synchronised_norms_between_processes_on_the_cpu(monkeypatch):
+    """Another class, same state: its formula is tested in test_train.py."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.SyncBatchNorm(4, eps=0.5)))
+    nn.init.uniform_(net[1][0].weight)
+    expected = {key: value.clone() for key, value in net.state_dict().items()}
+    model = OmegaConf.create({"_target_": lambda: net}, flags={"allow_objects": True})
+    whole = OmegaConf.create(
+        {"model": model, "train": {"device": "cpu"}}, flags={"allow_objects": True}
+    )
+    assert isinstance(build_model(whole)[1][0], nn.SyncBatchNorm)
+
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    built = build_model(whole)
+    assert isinstance(built[1][0], NaiveSyncBatchNorm)
+    assert built[1][0].eps == 0.5
+    assert built.state_dict().keys() == expected.keys()
+    for key, value in built.state_dict().items():
+        assert torch.equal(value, expected[key])
