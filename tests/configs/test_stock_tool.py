@@ -93,20 +93,18 @@ def test_coco_leaves_train_and_evaluate(stock_tool, datasets):
 
 
 @pytest.mark.slow
-def test_the_nano_leaf_trains_resumes_and_evaluates(stock_tool, tmp_path):
+def test_the_nano_leaf_trains_and_evaluates_on_drawn_scenes(stock_tool, tmp_path):
     common = [
         *leaf("nano_shapes"),
         "train.device=cpu",
         "train.log_period=1",
+        "train.max_iter=2",
         f"train.output_dir={tmp_path / 'out'}",
+        "model.roi_heads.box_predictors.2.test_topk_per_image=2",
     ]
     weights = f"train.init_checkpoint={tmp_path / 'out' / 'model_final.pth'}"
-    printed = run(
-        stock_tool,
-        tmp_path,
-        [*common, "train.max_iter=2"],
-        ["--resume", *common, "train.max_iter=3"],
-        ["--eval-only", *common, weights],
-    )
-    assert set(losses(tmp_path / "out")) >= {0, 1, 2}
-    assert "OrderedDict([('bbox'" in printed
+    printed = run(stock_tool, tmp_path, common, ["--eval-only", *common, weights])
+    assert set(losses(tmp_path / "out")) >= {0, 1}
+    (result,) = [line for line in printed.splitlines() if line.startswith("OrderedDict")]
+    assert "AP-circle" in result
+    assert "'segm'" in result
