@@ -128,7 +128,7 @@ def test_mamba_ssm(mamba_ssm, length, optional, dtype):
         torch.randn(24).to(dtype) if optional else None,
         torch.rand(48)[::2] if optional else None,
     ]
-    weights = torch.randn(24, 2, length).permute(1, 2, 0).to(dtype)
+    weights = torch.randn(2, length, 24).to(dtype)
     results, expected = (
         differentiate(lambda *x, run=run: run(*x), inputs, weights)
         for run in (
