@@ -39,10 +39,11 @@ setup(
         "omegaconf>=2.1",
         "opencv-python-headless>=4.7",
         "pycocotools>=2.0.6",
+        "setuptools<81",  # Detectron2's model zoo, which the configs read, imports pkg_resources
         "tqdm>=4.60",
     ],
     extras_require={
         "cuda": ["causal-conv1d>=1.4", "mamba-ssm>=2.2"],
-        "dev": ["mypy>=1.11", "pytest>=8", "ruff>=0.9", "setuptools<81", "tensorboard", "wheel"],
+        "dev": ["mypy>=1.11", "pytest>=8", "ruff>=0.9", "tensorboard", "wheel"],
     },
 )
