@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from detectron2.data import DatasetMapper
 from pycocotools import mask as rle
+
+from .mappers import OpenCVDatasetMapper
 
 __all__ = ["BitmaskMapper"]
 
 
-class BitmaskMapper(DatasetMapper):
-    """Detectron2's mapper, for augmentations that crop; arguments as there.
+class BitmaskMapper(OpenCVDatasetMapper):
+    """The training mapper of the released detectors; arguments as for Detectron2's.
 
     The ``gt_masks`` are ``BitMasks`` whatever the annotations hold: a polygon is filled at the size
     of the file, and the bitmap goes through the augmentations with nearest-neighbour sampling, as
