@@ -1,9 +1,12 @@
 """The configs: what they build, and the recipe they hold."""
 
+import detectron2.data.transforms as T
+import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.solver import LRMultiplier
+from detectron2.utils.env import seed_all_rng
 
 from mamba_vision import model_zoo
 
@@ -179,3 +182,29 @@ def test_every_width_follows_few_numbers():
         assert shapes[f"roi_heads.box_predictor.{k}.bbox_pred.weight"] == (20, 32)
         assert shapes[f"roi_heads.mask_head.{k}.mask_fcn4.weight"] == (24, 24, 3, 3)
         assert shapes[f"roi_heads.mask_head.{k}.predictor.weight"] == (5, 24, 1, 1)
+
+
+def test_coco_images_are_resized_as_the_recipe_says():
+    config = model_zoo.get_config(COCO.format("tiny")).dataloader
+    augmentations = instantiate(config.train.mapper).augmentations
+    lengths = set(range(480, 801, 32))
+    kept = cropped = 0
+    for seed in range(300):
+        seed_all_rng(seed)
+        image = np.zeros((427, 640, 3), np.uint8)
+        resize = augmentations(T.AugInput(image)).transforms[-1]
+        short, long = sorted((resize.new_h, resize.new_w))
+        assert long <= 1333
+        assert short in lengths or long == 1333
+        # a crop of a picture of 400, 500 or 600 rows, of which one side may be whole
+        if (resize.h, resize.w) == (427, 640):
+            kept += 1
+        else:
+            assert 384 <= resize.h <= 600
+            assert 384 <= resize.w <= 600
+            cropped += 1
+    assert min(kept, cropped) > 107  # even odds: 150, less five standard deviations of 8.7
+    test = instantiate(config.test.mapper).augmentations
+    for size, expected in (((427, 640), (800, 1199)), ((300, 900), (444, 1333))):
+        (resize,) = test(T.AugInput(np.zeros((*size, 3), np.uint8))).transforms
+        assert (resize.new_h, resize.new_w) == expected

@@ -228,3 +228,42 @@ def test_proposals_and_targets_are_left_as_they_were(make_heads, features, scene
     train(make_heads(), features, proposals, targets)
     assert [set(x.get_fields()) for x in proposals + targets] == before
     assert_close([p.proposal_boxes.tensor for p in proposals], boxes)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_gpu_gives_the_same_losses(make_heads, features, scene, train, dtype):
+    """In half precision too, and with SyncBN; every RoI is sampled, so none is left to chance."""
+    heads = make_heads(norm="SyncBN", batch_size_per_image=1000, positive_fraction=1.0)
+    with torch.no_grad():  # boxes that barely move, whose labels no rounding changes
+        for predictor in heads.box_predictor:
+            predictor.bbox_pred.weight.mul_(1e-3)
+    expected, _, _, _ = train(heads, features, *scene)
+    features = {name: f.detach().cuda().requires_grad_() for name, f in features.items()}
+    proposals, targets = ([x.to("cuda") for x in group] for group in scene)
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        losses, _, _, _ = train(heads.cuda(), features, proposals, targets)
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in heads.parameters())
+    rtol = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}[dtype]
+    for name, loss in expected.items():
+        assert_close(losses[name].cpu().float(), loss, rtol=rtol, atol=rtol / 10)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("given", [True, False])
+def test_a_gpu_trains_on_images_without_objects(
+    make_heads, features, scene, proposals_at, targets_at, train, given
+):
+    proposals = scene[0] if given else [proposals_at([]), proposals_at([])]
+    features = {name: f.detach().cuda() for name, f in features.items()}
+    heads = make_heads(norm="SyncBN").cuda()
+    with torch.autocast("cuda"):
+        losses, _, _, _ = train(
+            heads,
+            features,
+            [p.to("cuda") for p in proposals],
+            [targets_at([], []).to("cuda") for _ in proposals],
+        )
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in heads.parameters())
