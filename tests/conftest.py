@@ -24,12 +24,15 @@ def _seeded():
 
 @pytest.fixture
 def toy(tmp_path):
-    """A copy of toy_config.py; its data and its output go beside it."""
-    yield shutil.copy(Path(__file__).with_name("data") / "toy_config.py", tmp_path / "toy.py")
-
-    # Detectron2 keeps a logger's files and the terminal that it found for the whole process.
+    """A copy of toy_config.py, its data drawn beside it, where its output goes too."""
+    from detectron2.config import LazyConfig
     from detectron2.utils.logger import setup_logger
 
+    path = shutil.copy(Path(__file__).with_name("data") / "toy_config.py", tmp_path / "toy.py")
+    LazyConfig.load(str(path))
+    yield path
+
+    # Detectron2 keeps a logger's files and the terminal that it found for the whole process.
     setup_logger.cache_clear()
     for logger in map(logging.getLogger, ("detectron2", "fvcore", "mamba_vision")):
         logger.setLevel(logging.NOTSET)

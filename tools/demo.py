@@ -40,6 +40,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SCORE",
         help="draw detections of this score, 0 to 1, and above (%(default)s)",
     )
+    parser.add_argument(
+        "--scale", default=1.0, type=float, help="size of the pictures to the images' (%(default)s)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     parser.add_argument(
         "--opts", default=[], nargs=argparse.REMAINDER, help="config overrides, key=value; last"
@@ -47,6 +50,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.confidence <= 1:
         raise UserError(f"--confidence {args.confidence} is not from 0 to 1; change it")
+    if not 0.1 <= args.scale <= 10:
+        raise UserError(f"--scale {args.scale} is not from 0.1 to 10; change it")
     return args
 
 
@@ -66,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             unreadable += 1
             continue
         found = found[found.scores >= args.confidence]
-        write_png(picture, draw_instances(pixels, found, predictor.metadata))
-    print(f"{len(images) - unreadable} pictures in {args.output}, {unreadable} images skipped")
+        write_png(picture, draw_instances(pixels, found, predictor.metadata, args.scale))
+    skipped = f", skipped: {unreadable}" if unreadable else ""
+    print(f"pictures in {args.output}: {len(images) - unreadable}{skipped}")
     return 1 if unreadable else 0
 
 

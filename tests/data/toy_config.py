@@ -35,7 +35,7 @@ class Toy(nn.Module):
 
     def forward(self, inputs):
         device = self.conv.weight.device
-        inputs = sorted(inputs, key=lambda x: x["image_id"])  # no order may change a rounding
+        inputs = sorted(inputs, key=lambda x: x["file_name"])  # no order may change a rounding
         images = torch.stack([x["image"].to(device).float() / 255 for x in inputs])
         values = self.norm(self.conv(images)).relu().mean((1, 2, 3))
         if self.training:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,7 +63,10 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     """
     path = find_config(name)
     try:
-        config = LazyConfig.load(str(path))
+        with warnings.catch_warnings():
+            # from Detectron2's model_zoo, which most configs import: nothing for a user to do
+            warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+            config = LazyConfig.load(str(path))
     except UserError:
         raise
     except Exception as error:  # whatever the config's own code raises
