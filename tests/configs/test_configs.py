@@ -6,7 +6,9 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.solver import LRMultiplier
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
 
 from mamba_vision import model_zoo
 
@@ -208,3 +210,23 @@ def test_coco_images_are_resized_as_the_recipe_says():
     for size, expected in (((427, 640), (800, 1199)), ((300, 900), (444, 1333))):
         (resize,) = test(T.AugInput(np.zeros((*size, 3), np.uint8))).transforms
         assert (resize.new_h, resize.new_w) == expected
+
+
+@pytest.mark.parametrize("objects", [True, False])
+def test_a_step_of_the_nano_detector_reaches_every_parameter(objects):
+    model = instantiate(model_zoo.get_config(LEAVES[-1]).model).train()
+    batch = []
+    for height, width in ((64, 96), (70, 50)):
+        instances = Instances((height, width))
+        boxes = [[8.0, 8.0, 40.0, 48.0]] if objects else []
+        instances.gt_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
+        instances.gt_classes = torch.tensor([1] * len(boxes), dtype=torch.int64)
+        instances.gt_masks = BitMasks(torch.ones(len(boxes), height, width, dtype=torch.bool))
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances})
+    with EventStorage():
+        losses = model(batch)
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
