@@ -1,4 +1,4 @@
-"""Parameter groups and learning-rate schedule of the detectors' recipe."""
+"""Parameter groups and learning-rate schedule of the detectors' recipe, and layer-wise decay."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from torch import nn
 
 from .errors import UserError
 
-__all__ = ["WarmupMultiStep", "parameter_groups"]
+__all__ = ["WarmupMultiStep", "layer_decay", "parameter_groups"]
 
 
 def parameter_groups(
     model: nn.Module,
     *,
     no_decay: Sequence[str] = (),
-    base_lr: float | None = None,
-    lr_factor_func: Callable[[str], float] | None = None,
 ) -> list[dict[str, Any]]:
     """The trainable parameters of a model, in groups for a ``torch.optim`` optimizer.
 
@@ -34,19 +32,13 @@ def parameter_groups(
         model: a model that is not wrapped in DistributedDataParallel.
         no_decay: regular expressions; a parameter in whose name one is found has weight decay 0.
             The others have the optimizer's.
-        base_lr: learning rate that ``lr_factor_func`` multiplies.
-        lr_factor_func: from a parameter's name to the factor on its learning rate, for layer-wise
-            decay.
 
     Returns:
         As few groups as the options need, in the order of their first parameter.
 
     Raises:
-        UserError: an expression is not valid or finds no parameter, or ``lr_factor_func`` comes
-            without ``base_lr``.
+        UserError: an expression is not valid or finds no parameter.
     """
-    if lr_factor_func is not None and base_lr is None:
-        raise UserError("optimizer.params.lr_factor_func needs optimizer.params.base_lr; give it")
     names = [name for name, _ in model.named_parameters()]
     expressions = [_compiled(pattern, names) for pattern in no_decay]
     groups = []
@@ -56,10 +48,54 @@ def parameter_groups(
         group: dict[str, Any] = {"params": [parameter]}
         if any(expression.search(name) for expression in expressions):
             group["weight_decay"] = 0.0
-        if lr_factor_func is not None and base_lr is not None:
-            group["lr"] = base_lr * lr_factor_func(name)
         groups.append(group)
     return reduce_param_groups(groups)
+
+
+def layer_decay(
+    depths: Sequence[int], rate: float, *, prefix: str = "backbone.bottom_up."
+) -> Callable[[str], float]:
+    """Layer-wise decay of the learning rate (BEiT, arXiv:2106.08254; ViTDet, arXiv:2203.16527).
+
+    The layers of the backbone are its stem, 0, and its blocks, 1 to n = sum(depths) through all
+    stages. Layer i learns at ``rate ** (n + 1 - i)`` of the learning rate: the last block at
+    ``rate`` of it, the stem slowest. A downsampling is of the layer of the block that it follows.
+    The norms of the features, which no classifier has, and all outside the backbone are new layers
+    and learn at the whole rate.
+
+    Args:
+        depths: blocks of each of the backbone's stages.
+        rate: in (0, 1]; with 1 all learn alike.
+        prefix: what the names of the backbone's parameters begin with.
+
+    Returns:
+        From a parameter's name to the factor on its learning rate: the ``lr_factor_func`` of
+        Detectron2's ``get_default_optimizer_params``.
+
+    Raises:
+        UserError: the rate is out of range; from the function returned: the backbone has more
+            blocks than ``depths`` says.
+    """
+    if not 0 < rate <= 1:
+        raise UserError(f"layer_decay's rate is {rate}; give a number above 0 and up to 1")
+    layers = {f"{prefix}patch_embed.": 0}
+    for stage, depth in enumerate(depths):
+        for block in range(depth):
+            layers[f"{prefix}levels.{stage}.blocks.{block}."] = sum(depths[:stage]) + block + 1
+        layers[f"{prefix}levels.{stage}.downsample."] = sum(depths[: stage + 1])
+
+    def factor(name: str) -> float:
+        for beginning, layer in layers.items():
+            if name.startswith(beginning):
+                return rate ** (sum(depths) + 1 - layer)
+        if name.startswith(f"{prefix}levels."):
+            raise UserError(
+                f"layer_decay's depths are {tuple(depths)}, but the model has {name}; "
+                "give the backbone's depths"
+            )
+        return 1.0
+
+    return factor
 
 
 def _compiled(pattern: str, names: list[str]) -> re.Pattern[str]:
