@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,9 +17,9 @@ from mamba_vision.errors import UserError
 TOOL = Path(__file__).parents[2] / "tools" / "lazyconfig_train_net.py"
 
 
-def train(toy, output, *overrides, resume=False):
-    config = load_config(toy, [f"train.output_dir={output}", "train.device=cpu", *overrides])
-    config.train.amp.enabled = False
+def train(toy, output, *overrides, resume=False, device="cpu"):
+    config = load_config(toy, [f"train.output_dir={output}", f"train.device={device}", *overrides])
+    config.train.amp.enabled = device != "cpu"
     torch.manual_seed(7)
     do_train(argparse.Namespace(resume=resume), config)
 
@@ -68,6 +69,17 @@ def test_a_resumed_training_equals_one_that_never_stopped(toy, tmp_path):
     assert after[8]["bbox/AP"] == after[8]["segm/AP"] == pytest.approx(100)
 
 
+@pytest.mark.cuda
+def test_a_resumed_training_keeps_the_gradient_scale(toy, tmp_path):
+    train(toy, tmp_path / "whole", device="cuda")
+    train(toy, tmp_path / "parts", "train.max_iter=3", device="cuda")
+    train(toy, tmp_path / "parts", resume=True, device="cuda")
+    expected, resumed = (checkpoint(tmp_path / n)["trainer"] for n in ("whole", "parts"))
+    assert resumed["iteration"] == expected["iteration"] == 5
+    assert resumed["grad_scaler"] == expected["grad_scaler"]
+    assert expected["grad_scaler"]["_growth_tracker"] == 6  # a new scaler would have counted 3
+
+
 def test_training_goes_on_to_a_higher_max_iter(toy, tmp_path):
     train(toy, tmp_path / "out", "train.max_iter=2")
     train(toy, tmp_path / "out", "train.max_iter=5", resume=True)
@@ -112,6 +124,7 @@ def run(toy, output, *arguments):
     )
     return subprocess.run(
         [sys.executable, TOOL, "--config-file", toy, "--dist-url=auto", *arguments, *overrides],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,6 +1,7 @@
 """The training tool: what it leaves behind, and what it says to bad input."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,7 +121,8 @@ def test_refuses_a_missing_data_set(tmp_path):
     result = subprocess.run(
         [sys.executable, TOOLS / "lazyconfig_train_net.py", "--config-file", config],
         cwd=tmp_path,
-        env={"DETECTRON2_DATASETS": str(tmp_path), "PYTHONPATH": ":".join(sys.path)},
+        env=os.environ
+        | {"DETECTRON2_DATASETS": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=120,
