@@ -23,11 +23,11 @@ __all__ = ["argument_parser", "train_net"]
 
 EPILOG = """
 examples:
-  on 8 GPUs:         %(prog)s --config-file CONFIG --num-gpus 8
+  on 8 GPUs:          %(prog)s --config-file CONFIG --num-gpus 8
   go on after a stop: %(prog)s --config-file CONFIG --num-gpus 8 --resume
-  evaluate:          %(prog)s --config-file CONFIG --eval-only train.init_checkpoint=FILE
-  change the config: %(prog)s --config-file CONFIG train.max_iter=1000 optimizer.lr=1e-4
-  on 2 machines:     %(prog)s ... --num-machines 2 --machine-rank {0,1} --dist-url tcp://HOST:PORT
+  evaluate:           %(prog)s --config-file CONFIG --eval-only train.init_checkpoint=FILE
+  change the config:  %(prog)s --config-file CONFIG train.max_iter=1000 optimizer.lr=1e-4
+  on 2 machines:      %(prog)s ... --num-machines 2 --machine-rank {0,1} --dist-url tcp://HOST:PORT
 """
 
 
