@@ -15,11 +15,7 @@ from .errors import UserError
 __all__ = ["WarmupMultiStep", "layer_decay", "parameter_groups"]
 
 
-def parameter_groups(
-    model: nn.Module,
-    *,
-    no_decay: Sequence[str] = (),
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, *, no_decay: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The trainable parameters of a model, in groups for a ``torch.optim`` optimizer.
 
     Detectron2's ``get_default_optimizer_params`` tells a norm by the type of its module; this goes
@@ -78,6 +74,7 @@ def layer_decay(
     """
     if not 0 < rate <= 1:
         raise UserError(f"layer_decay's rate is {rate}; give a number above 0 and up to 1")
+    depths = tuple(depths)
     layers = {f"{prefix}patch_embed.": 0}
     for stage, depth in enumerate(depths):
         for block in range(depth):
@@ -90,7 +87,7 @@ def layer_decay(
                 return rate ** (sum(depths) + 1 - layer)
         if name.startswith(f"{prefix}levels."):
             raise UserError(
-                f"layer_decay's depths are {tuple(depths)}, but the model has {name}; "
+                f"layer_decay's depths are {depths}, but the model has {name}; "
                 "give the backbone's depths"
             )
         return 1.0
