@@ -1,11 +1,15 @@
 """What every test shares: the ``cuda`` marker, the random seed and a config to train with."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
 
 def pytest_collection_modifyitems(items):

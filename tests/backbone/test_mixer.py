@@ -56,11 +56,11 @@ def test_agrees_with_the_equations(dim, length, dtype, tolerance):
 def test_decay_stays_in_float32(half_weights, monkeypatch):
     seen = []
 
-    def scan(u, delta, A, *others, **options):
+    def inner(xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A, D, **options):
         seen.append(A.dtype)
-        return u
+        return xz
 
-    monkeypatch.setattr(mixer_module, "selective_scan", scan)
+    monkeypatch.setattr(mixer_module, "mamba_inner", inner)
     mixer, x = _random(16), torch.randn(1, 5, 16)
     if half_weights:
         mixer.bfloat16()(x.bfloat16())
@@ -73,18 +73,13 @@ def test_decay_stays_in_float32(half_weights, monkeypatch):
 def test_passes_the_backends_on(monkeypatch):
     seen = {}
 
-    def scan(u, *others, backend, **options):
-        seen["scan"] = backend
-        return u
+    def inner(xz, *others, **options):
+        seen.update(options)
+        return xz
 
-    def conv(x, weight, *, backend):
-        seen["conv"] = backend
-        return x
-
-    monkeypatch.setattr(mixer_module, "selective_scan", scan)
-    monkeypatch.setattr(mixer_module, "depthwise_conv1d_silu", conv)
+    monkeypatch.setattr(mixer_module, "mamba_inner", inner)
     MambaVisionMixer(16, scan_backend="one", conv_backend="two")(torch.randn(1, 5, 16))
-    assert seen == {"scan": "one", "conv": "two"}
+    assert seen == {"scan_backend": "one", "conv_backend": "two"}
 
 
 def test_initial_values():

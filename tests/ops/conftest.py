@@ -24,3 +24,22 @@ def judge():
             assert error <= 2 * usual + floor, f"{name}: error {error:.2e}, usual {usual:.2e}"
 
     return check
+
+
+@pytest.fixture
+def draw_inner():
+    def draw(batch, length, half, rank=None, states=8, dtype=torch.float32):
+        """Inputs in the order of the operator's arguments, of a mixer's usual magnitudes."""
+        rank = rank or -(-half // 8)
+        return [
+            torch.randn(batch, length, 2 * half).to(dtype),
+            torch.randn(half, 3) / 2,
+            torch.randn(half, 3) / 2,
+            torch.randn(rank + 2 * states, half) / half**0.5,
+            torch.randn(half, rank) / rank**0.5,
+            torch.randn(half) / 2 - 1,
+            -torch.arange(1.0, states + 1).repeat(half, 1),
+            torch.randn(half),
+        ]
+
+    return draw

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mamba_vision.errors import UserError
+from mamba_vision.ops import backends as backends_module
 from mamba_vision.ops import depthwise_conv1d_silu, selective_scan
 from mamba_vision.ops.backends import Backends
 
@@ -26,9 +27,13 @@ def choose(monkeypatch):
         made.obstacle = obstacle
         monkeypatch.setitem(sys.modules, made.__name__, made)
 
-    module("large", lambda x: None if len(x) > 9 else "it takes ten numbers or more")
-    module("plain", lambda x: None)
+    def large(device, dtypes, numbers):
+        return None if numbers > 9 else "it takes ten numbers or more"
+
+    module("large", large)
+    module("plain", lambda device, dtypes, numbers: None)
     monkeypatch.delenv(VARIABLE, raising=False)
+    backends_module._load.cache_clear()
     names = ("absent", "large", "plain")
     backends = Backends(
         "add",
@@ -37,7 +42,7 @@ def choose(monkeypatch):
         {"absent": "install it with `pip install absent`"},
     )
     return lambda asked, numbers: backends.choose(
-        asked, torch.zeros(numbers)
+        asked, torch.zeros(numbers), numbers=numbers
     ).__name__.removeprefix(PREFIX)
 
 
@@ -101,7 +106,7 @@ def test_an_unknown_name_lists_the_known_ones(choose, monkeypatch):
 
 
 def test_none_left_is_an_error(choose, monkeypatch):
-    monkeypatch.setattr(sys.modules[PREFIX + "plain"], "obstacle", lambda x: "not today")
+    monkeypatch.setattr(sys.modules[PREFIX + "plain"], "obstacle", lambda *_, **__: "not today")
     with pytest.raises(UserError, match=r"no backend can take these tensors: .*plain: not today"):
         choose("auto", 9)
 
@@ -127,12 +132,13 @@ def test_both_operators_read_their_variable_at_every_call(monkeypatch):
         assert torch.equal(call(backend="torch"), expected)
 
 
-@pytest.mark.parametrize("name", ["mamba_ssm", "causal_conv1d"])
+@pytest.mark.parametrize("name", ["mamba_ssm", "causal_conv1d", "triton"])
 def test_an_accelerator_never_runs_on_the_cpu_in_silence(name):
     x = torch.randn(1, 5, 4)
     operator, inputs = {
         "mamba_ssm": (selective_scan, (x, x, -torch.ones(4, 2), x[..., :2], x[..., 2:])),
         "causal_conv1d": (depthwise_conv1d_silu, (x, x[0, :4, :3])),
+        "triton": (depthwise_conv1d_silu, (x, x[0, :4, :3])),
     }[name]
     with pytest.raises(UserError, match=f"backend '{name}' .given by argument. cannot be used: "):
         operator(*inputs, backend=name)
@@ -142,6 +148,7 @@ def test_importing_the_operators_imports_no_accelerator():
     code = (
         "import sys, mamba_vision.ops\n"
         "names = {'mamba_ssm', 'selective_scan_cuda', 'causal_conv1d', 'causal_conv1d_cuda'}\n"
+        "names |= {f'mamba_vision.ops.{x}' for x in ('triton_support', 'inner.triton_inner')}\n"
         "print(sorted(names & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code]

@@ -11,6 +11,7 @@ BACKENDS = (
     pytest.param("torch", "cpu", id="torch-cpu"),
     pytest.param("torch", "cuda", id="torch-cuda", marks=pytest.mark.cuda),
     pytest.param("causal_conv1d", "cuda", id="causal_conv1d-cuda", marks=pytest.mark.cuda),
+    pytest.param("triton", "cuda", id="triton-cuda", marks=pytest.mark.cuda),
 )
 every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 

@@ -151,16 +151,13 @@ def test_mamba_ssm_computes_in_the_widest_dtype(mamba_ssm):
 
 
 def test_mamba_ssm_obstacles(mamba_ssm):
-    u, A = torch.empty(1, 4, 3, device="meta"), torch.empty(3, 8, device="meta")
-    assert mamba_ssm.obstacle(u, u, A) == "it needs tensors on a CUDA device, these are on meta"
-
-    def on_cuda(dtype):
-        return types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
-
-    assert mamba_ssm.obstacle(on_cuda(torch.float16), u, A) is None
-    assert "not torch.float64" in mamba_ssm.obstacle(on_cuda(torch.float64), u, A)
-    large = torch.empty(3, 257, device="meta")
-    assert "at most 256 state numbers" in mamba_ssm.obstacle(on_cuda(torch.float16), u, large)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    half, double = (torch.float16,), (torch.float64,)
+    reason = mamba_ssm.obstacle(cpu, half, states=8)
+    assert reason == "it needs tensors on a CUDA device, these are on cpu"
+    assert mamba_ssm.obstacle(cuda, half, states=8) is None
+    assert "not torch.float64" in mamba_ssm.obstacle(cuda, double, states=8)
+    assert "at most 256 state numbers" in mamba_ssm.obstacle(cuda, half, states=257)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
@@ -181,9 +178,8 @@ def test_causal_conv1d(causal_conv1d, length, width, dtype):
 
 
 def test_causal_conv1d_obstacles(causal_conv1d):
-    half = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
-    double = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float64)
-    assert causal_conv1d.obstacle(half, half) is None
-    assert "not torch.float64" in causal_conv1d.obstacle(half, double)
-    x = torch.empty(1, 4, 3)
-    assert causal_conv1d.obstacle(x, x) == "it needs tensors on a CUDA device, these are on cpu"
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert causal_conv1d.obstacle(cuda, (torch.float16, torch.float16)) is None
+    assert "not torch.float64" in causal_conv1d.obstacle(cuda, (torch.float16, torch.float64))
+    reason = causal_conv1d.obstacle(cpu, (torch.float32,))
+    assert reason == "it needs tensors on a CUDA device, these are on cpu"

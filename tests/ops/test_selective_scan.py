@@ -17,6 +17,7 @@ BACKENDS = (
     pytest.param("torch", "cpu", id="torch-cpu"),
     pytest.param("torch", "cuda", id="torch-cuda", marks=pytest.mark.cuda),
     pytest.param("mamba_ssm", "cuda", id="mamba_ssm-cuda", marks=pytest.mark.cuda),
+    pytest.param("triton", "cuda", id="triton-cuda", marks=pytest.mark.cuda),
 )
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..ops import depthwise_conv1d_silu, selective_scan
+from ..ops import mamba_inner
 
 __all__ = ["MambaVisionMixer"]
 
@@ -56,25 +56,20 @@ class MambaVisionMixer(nn.Module):
     def _depthwise_conv(cls, dim: int) -> nn.Conv1d:
         return nn.Conv1d(dim, dim, cls.CONV_WIDTH, padding="same", groups=dim, bias=False)
 
-    def _convolved(self, x: Tensor, conv: nn.Conv1d) -> Tensor:
-        # The module only holds the weight: the op works in (B, L, D) and fuses the SiLU.
-        return depthwise_conv1d_silu(x, conv.weight.squeeze(1), backend=self.conv_backend)
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C); the scan's state is float32 at least."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        x, z = self._convolved(x, self.conv1d_x), self._convolved(z, self.conv1d_z)
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.STATES, self.STATES], dim=-1)
         A_log = self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))
-        y = selective_scan(
-            x,
-            self.dt_proj(dt),
-            -A_log.exp(),
-            B,
-            C,
-            self.D,
+        # Modules that are not called only hold weights: the op works in (B, L, D), as one.
+        y = mamba_inner(
+            self.in_proj(x),
+            self.conv1d_x.weight.squeeze(1),
+            self.conv1d_z.weight.squeeze(1),
+            self.x_proj.weight,
+            self.dt_proj.weight,
             self.dt_proj.bias,
-            delta_softplus=True,
-            backend=self.scan_backend,
+            -A_log.exp(),
+            self.D,
+            scan_backend=self.scan_backend,
+            conv_backend=self.conv_backend,
         )
-        return self.out_proj(torch.cat((y, z), dim=-1))
+        return self.out_proj(y)

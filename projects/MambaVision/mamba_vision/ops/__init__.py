@@ -1,4 +1,4 @@
-"""The two operators of the MambaVision mixer that PyTorch does not have, in (B, L, D) layout.
+"""The operators of the MambaVision mixer that PyTorch does not have, in (B, L, D) layout.
 
 Shape legend, used in every file below:
 
@@ -10,12 +10,14 @@ Shape legend, used in every file below:
 ``selective_scan``          the recurrence of Mamba (arXiv:2312.00752, equation 2 and section 3.2)
 ``depthwise_conv1d_silu``   a 'same' convolution of width 3 along L, then SiLU (arXiv:2407.08083,
                             equation 6)
+``mamba_inner``             both, with the projections between them
 
 Each operator is a folder: its ``__init__`` holds the public function, ``reference.py`` the
 definition, and each further file one faster backend; ``backends.py`` chooses among them.
 """
 
 from .conv1d import depthwise_conv1d_silu
+from .inner import mamba_inner
 from .selective_scan import selective_scan
 
-__all__ = ["depthwise_conv1d_silu", "selective_scan"]
+__all__ = ["depthwise_conv1d_silu", "mamba_inner", "selective_scan"]

@@ -2,8 +2,9 @@
 
 A backend is a module that holds
 
-    run(*tensors, **options) -> Tensor      the operator
-    obstacle(*tensors) -> str | None        why it cannot run on these tensors; None if it can
+    run(*tensors, **options) -> Tensor                  the operator
+    obstacle(device, dtypes, **sizes) -> str | None     why it cannot run on tensors of this kind;
+                                                        None if it can
 
 It imports what it needs at its top, and is itself imported when it is first considered: until then
 an optional accelerator costs nothing and may be missing.
@@ -12,6 +13,7 @@ an optional accelerator costs nothing and may be missing.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -34,7 +36,9 @@ class Backend(Protocol):
 
     def run(self, *tensors: Tensor | None, **options) -> Tensor: ...
 
-    def obstacle(self, *tensors: Tensor | None) -> str | None: ...
+    def obstacle(
+        self, device: torch.device, dtypes: tuple[torch.dtype, ...], **sizes: int
+    ) -> str | None: ...
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Backends:
     """The backends of one operator.
 
     Args:
-        operator: name for messages.
+        operator: name for messages, unique.
         variable: environment variable that names a backend when the caller does not.
         modules: absolute module name of each backend, in the order in which ``auto`` tries them.
         remedies: how to get a backend whose module cannot be imported.
@@ -52,65 +56,90 @@ class Backends:
     variable: str
     modules: Mapping[str, str]
     remedies: Mapping[str, str] = field(default_factory=dict)
-    _loaded: dict[str, Backend | str] = field(default_factory=dict, init=False, repr=False)
-    _announced: set[tuple[str, str]] = field(default_factory=set, init=False, repr=False)
+    _announced: set[str] = field(default_factory=set, init=False, repr=False)
 
-    def choose(self, asked: str | None, *tensors: Tensor | None) -> Backend:
-        """Return the backend to use on ``tensors`` (the operator's, in its own order).
+    def __post_init__(self) -> None:
+        _OPERATORS[self.operator] = self
+
+    def choose(self, asked: str | None, *tensors: Tensor | None, **sizes: int) -> Backend:
+        """Return the backend called :meth:`name_for`, which raises what that raises."""
+        return cast(Backend, _load(self.modules[self.name_for(asked, *tensors, **sizes)]))
+
+    def name_for(self, asked: str | None, *tensors: Tensor | None, **sizes: int) -> str:
+        """Return the name of the backend to use on ``tensors`` (the operator's).
 
         ``asked`` wins over the environment variable. Without either, or with "auto", the first
         backend that can run is taken, and the log says once per kind of device which one it is.
 
+        Args:
+            asked: a name, "auto", or None.
+            tensors: all on one device; None for those left out.
+            sizes: numbers that a backend may be unable to take.
+
         Raises:
             UserError: the backend asked for is unknown, not installed, or cannot take the tensors.
         """
+        given = [x for x in tensors if x is not None]
+        dtypes = tuple(x.dtype for x in given)
+        return _name(self.operator, asked, given[0].device, dtypes, tuple(sizes.items()))
+
+    def obstacle(self, name: str, *tensors: Tensor | None, **sizes: int) -> str | None:
+        """Return why the backend called ``name`` cannot be used on ``tensors``, None if it can."""
+        given = [x for x in tensors if x is not None]
+        return self._obstacle(name, given[0].device, tuple(x.dtype for x in given), **sizes)
+
+    def _obstacle(self, name: str, device: torch.device, dtypes, **sizes: int) -> str | None:
+        backend = _load(self.modules[name])
+        if not isinstance(backend, str):
+            return backend.obstacle(device, dtypes, **sizes)
+        remedy = self.remedies.get(name)
+        return f"{backend}; {remedy}" if remedy else backend
+
+    def _name(self, asked: str | None, device: torch.device, dtypes, **sizes: int) -> str:
         source = "argument" if asked else self.variable
         name = asked or os.environ.get(self.variable) or "auto"
         if name == "auto":
-            return self._best(*tensors)
+            return self._best(device, dtypes, **sizes)
         if name not in self.modules:
             raise UserError(
                 f"{self.operator}: no backend is called {name!r} (given by {source}); "
                 f"choose from: {', '.join(['auto', *self.modules])}"
             )
-        backend = self._usable(name, *tensors)
-        if isinstance(backend, str):
+        if reason := self._obstacle(name, device, dtypes, **sizes):
             raise UserError(
-                f"{self.operator}: backend {name!r} (given by {source}) cannot be used: {backend}"
+                f"{self.operator}: backend {name!r} (given by {source}) cannot be used: {reason}"
             )
-        return backend
+        return name
 
-    def obstacle(self, name: str, *tensors: Tensor | None) -> str | None:
-        """Return why the backend called ``name`` cannot be used on ``tensors``, None if it can."""
-        backend = self._usable(name, *tensors)
-        return backend if isinstance(backend, str) else None
-
-    def _best(self, *tensors: Tensor | None) -> Backend:
+    def _best(self, device: torch.device, dtypes, **sizes: int) -> str:
         passed = []
         for name in self.modules:
-            backend = self._usable(name, *tensors)
-            if isinstance(backend, str):
-                passed.append(f"{name}: {backend}")
+            if reason := self._obstacle(name, device, dtypes, **sizes):
+                passed.append(f"{name}: {reason}")
                 continue
-            device = next(t for t in tensors if t is not None).device.type
-            if (name, device) not in self._announced:
-                self._announced.add((name, device))
-                why = f" ({'; '.join(passed)})" if passed else ""
-                logger.info("%s on %s: using backend %r%s", self.operator, device, name, why)
-            return backend
+            choice = f"{self.operator} on {device.type}: using backend {name!r}"
+            if choice not in self._announced:
+                self._announced.add(choice)
+                logger.info("%s%s", choice, f" ({'; '.join(passed)})" if passed else "")
+            return name
         raise UserError(f"{self.operator}: no backend can take these tensors: {'; '.join(passed)}")
 
-    def _usable(self, name: str, *tensors: Tensor | None) -> Backend | str:
-        """The backend, or in words why it cannot be used."""
-        if name not in self._loaded:
-            try:
-                self._loaded[name] = cast(Backend, importlib.import_module(self.modules[name]))
-            except (ImportError, OSError) as error:  # OSError: a shared library that does not load
-                reason = f"{error}".splitlines()[0]
-                remedy = self.remedies.get(name)
-                self._loaded[name] = f"{reason}; {remedy}" if remedy else reason
-        backend = self._loaded[name]
-        return backend if isinstance(backend, str) else backend.obstacle(*tensors) or backend
+
+_OPERATORS: dict[str, Backends] = {}
+
+
+@torch.compiler.assume_constant_result  # a compiled model keeps the choice made while compiling
+def _name(operator: str, asked: str | None, device: torch.device, dtypes, sizes) -> str:
+    return _OPERATORS[operator]._name(asked, device, dtypes, **dict(sizes))
+
+
+@functools.cache
+def _load(module: str) -> Backend | str:
+    """A backend's module, or in words why it cannot be imported."""
+    try:
+        return cast(Backend, importlib.import_module(module))
+    except (ImportError, OSError) as error:  # OSError: a shared library that does not load
+        return f"{error}".splitlines()[0]
 
 
 def check_shape(name: str, tensor: Tensor, legend: str, sizes: dict[str, int]) -> None:

@@ -136,7 +136,7 @@ def _names(operator: Operator, key: str, args: argparse.Namespace) -> list[str]:
     for name in operator.backends.modules:
         if args.backends and name not in args.backends:
             continue
-        if reason := operator.backends.obstacle(name, *tensors):
+        if reason := operator.backends.obstacle(name, *tensors, states=1):
             if args.backends:
                 raise UserError(f"--backends: {name!r} cannot be used: {reason}")
             print(f"{key} without {name}: {reason}")

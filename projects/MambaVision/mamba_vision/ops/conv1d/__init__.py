@@ -19,6 +19,7 @@ BACKENDS = Backends(
     operator="depthwise_conv1d_silu",
     variable="MAMBAVISION_CONV_BACKEND",
     modules={
+        "triton": f"{__name__}.triton_conv1d",
         "causal_conv1d": f"{__name__}.cuda_causal_conv1d",
         "torch": f"{__name__}.torch_conv1d",
         "reference": f"{__name__}.reference",
@@ -35,8 +36,9 @@ def depthwise_conv1d_silu(x: Tensor, weight: Tensor, *, backend: str | None = No
     Args:
         x: (B, L, D) floating point, also a strided view.
         weight: (D, 3), for the token before, the token itself and the one after.
-        backend: "causal_conv1d", "torch", "reference", or "auto"; None takes the environment
-            variable MAMBAVISION_CONV_BACKEND, and without it "auto": the fastest for the device.
+        backend: "triton", "causal_conv1d", "torch", "reference", or "auto"; None takes the
+            environment variable MAMBAVISION_CONV_BACKEND, and without it "auto": the fastest for
+            the device.
 
     Returns:
         (B, L, D) in ``x``'s dtype.

@@ -14,13 +14,13 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def obstacle(x: Tensor, weight: Tensor) -> str | None:
-    """Why the kernel cannot take these tensors; None if it can."""
-    if x.device.type != "cuda":
-        return f"it needs tensors on a CUDA device, these are on {x.device.type}"
-    for tensor in (x, weight):
-        if tensor.dtype not in DTYPES:
-            return f"it takes float32, float16 and bfloat16, not {tensor.dtype}"
+def obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], **sizes: int) -> str | None:
+    """Why the kernel cannot take such tensors; None if it can."""
+    if device.type != "cuda":
+        return f"it needs tensors on a CUDA device, these are on {device.type}"
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            return f"it takes float32, float16 and bfloat16, not {dtype}"
     return None
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def obstacle(*tensors: Tensor | None) -> None:
+def obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], **sizes: int) -> None:
     """Runs wherever PyTorch does."""
 
 

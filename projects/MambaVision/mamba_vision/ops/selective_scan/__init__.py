@@ -19,6 +19,7 @@ BACKENDS = Backends(
     operator="selective_scan",
     variable="MAMBAVISION_SCAN_BACKEND",
     modules={
+        "triton": f"{__name__}.triton_scan",
         "mamba_ssm": f"{__name__}.cuda_mamba_ssm",
         "torch": f"{__name__}.torch_chunked",
         "reference": f"{__name__}.reference",
@@ -53,8 +54,8 @@ def selective_scan(
         D: (D,) weight of the path past the state, or None for no such path.
         delta_bias: (D,) added to ``delta`` first, or None.
         delta_softplus: put ``delta`` through softplus after the bias.
-        backend: "mamba_ssm", "torch", "reference", or "auto"; None takes the environment variable
-            MAMBAVISION_SCAN_BACKEND, and without it "auto": the fastest for the device.
+        backend: "triton", "mamba_ssm", "torch", "reference", or "auto"; None takes the environment
+            variable MAMBAVISION_SCAN_BACKEND, and without it "auto": the fastest for the device.
 
     Returns:
         (B, L, D) in ``u``'s dtype.
@@ -74,6 +75,6 @@ def selective_scan(
     if delta_bias is not None:
         check_shape("delta_bias", delta_bias, "D", sizes)
     tensors = (u, delta, A, B, C, D, delta_bias)
-    chosen = BACKENDS.choose(backend, *tensors)
+    chosen = BACKENDS.choose(backend, *tensors, states=A.shape[1])
     with without_autocast(u.device):
         return chosen.run(*tensors, delta_softplus=delta_softplus)

@@ -18,14 +18,14 @@ MAX_STATE = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def obstacle(u: Tensor, delta: Tensor, A: Tensor, *others: Tensor | None) -> str | None:
-    """Why the extension cannot take these tensors; None if it can."""
-    if u.device.type != "cuda":
-        return f"it needs tensors on a CUDA device, these are on {u.device.type}"
-    if u.dtype not in DTYPES:
-        return f"it takes float32, float16 and bfloat16, not {u.dtype}"
-    if A.shape[1] > MAX_STATE:
-        return f"it holds at most {MAX_STATE} state numbers per channel, not {A.shape[1]}"
+def obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], *, states: int) -> str | None:
+    """Why the extension cannot take such tensors; None if it can."""
+    if device.type != "cuda":
+        return f"it needs tensors on a CUDA device, these are on {device.type}"
+    if dtypes[0] not in DTYPES:
+        return f"it takes float32, float16 and bfloat16, not {dtypes[0]}"
+    if states > MAX_STATE:
+        return f"it holds at most {MAX_STATE} state numbers per channel, not {states}"
     return None
 
 

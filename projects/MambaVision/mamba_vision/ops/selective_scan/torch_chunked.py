@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from ..backends import without_autocast
 
 
-def obstacle(*tensors: Tensor | None) -> None:
+def obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], **sizes: int) -> None:
     """Runs wherever PyTorch does."""
 
 

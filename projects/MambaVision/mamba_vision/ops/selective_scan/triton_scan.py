@@ -1,0 +1,249 @@
+"""The selective scan in Triton, parallel over chunks of the sequence; README.md has the maths.
+
+Nothing is compiled when the package is installed or imported. Sums run in a fixed order, without
+atomics: equal inputs give equal results.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import triton_support as support
+from . import triton_kernels as kernels
+
+__all__ = ["MAX_STATE", "backward", "chunk_states", "forward", "obstacle", "run"]
+
+MAX_STATE = 16
+CHUNK = 32  # tokens; shorter ones mean more chunk states, longer ones fewer programs
+STRIDE = 4  # tokens whose states the backward pass holds in registers
+CHANNELS = 32  # a lane each
+
+
+def obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], *, states: int) -> str | None:
+    """Why the kernels cannot take such tensors; None if they can."""
+    if states > MAX_STATE:
+        return f"it holds at most {MAX_STATE} state numbers per channel, not {states}"
+    return support.obstacle(device, dtypes)
+
+
+def run(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    *,
+    delta_softplus: bool,
+) -> Tensor:
+    """See :func:`mamba_vision.ops.selective_scan`; differentiable once."""
+    return _scan(u, delta, A, B, C, D, delta_bias, delta_softplus)[0]
+
+
+class _Sizes:
+    """What all launches of a scan have in common."""
+
+    def __init__(self, u: Tensor, A: Tensor) -> None:
+        self.batch, self.length, self.width = u.shape
+        self.states = A.shape[1]
+        self.chunks = max(1, -(-self.length // CHUNK))
+        self.blocks = -(-self.width // CHANNELS)
+        self.constants = {"N": self.states, "T": CHUNK, "S": STRIDE, "CHANNELS": CHANNELS}
+
+    @property
+    def scalars(self) -> tuple[int, int, int]:
+        return self.length, self.width, self.chunks
+
+    def grid(self, chunks: int) -> tuple[int, int]:
+        return self.batch * chunks, self.blocks
+
+    def chunk_states(self, u: Tensor) -> Tensor:
+        make = u.new_zeros if self.chunks == 1 else u.new_empty
+        shape = (self.batch, self.chunks, self.states, self.width)
+        return make(shape, dtype=torch.float32)
+
+    def totals(self, u: Tensor) -> Tensor:
+        return u.new_empty((self.batch, self.chunks, self.width), dtype=torch.float32)
+
+    def join(self, states: Tensor, totals: Tensor, A: Tensor, *, reverse: bool) -> None:
+        rows = min(64, triton.next_power_of_2(self.chunks))
+        kernels.join_chunks[(self.batch * self.states * self.blocks,)](
+            states, totals, A, self.width, self.chunks,
+            N=self.states, CHUNKS=rows, CHANNELS=CHANNELS, REVERSE=reverse, num_warps=4,
+        )  # fmt: skip
+
+
+def chunk_states(u: Tensor, A: Tensor) -> Tensor:
+    """What :func:`forward` returns, before it is filled."""
+    return _Sizes(u, A).chunk_states(u)
+
+
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    y: Tensor,
+) -> Tensor:
+    """Scan into ``y``, and return the states at the chunks' starts.
+
+    Args:
+        u, delta, B, C: rows of adjacent numbers; otherwise, and the rest, as for
+            :func:`mamba_vision.ops.selective_scan`.
+        A, D, delta_bias: contiguous.
+        y: (B, L, D), filled; rows of adjacent numbers.
+
+    Returns:
+        (B, K, N, D) float32.
+    """
+    sizes = _Sizes(u, A)
+    starts = sizes.chunk_states(u)
+    options = {"SOFTPLUS": delta_softplus, "BIAS": delta_bias is not None, **sizes.constants}
+    strides = (*u.stride()[:2], *delta.stride()[:2], *B.stride()[:2])
+    if not u.numel():
+        return starts
+    with support.on_device_of(u):
+        if sizes.chunks > 1:
+            totals = sizes.totals(u)
+            kernels.scan_chunks[sizes.grid(sizes.chunks - 1)](
+                u, delta, A, B, delta_bias, starts, totals, *sizes.scalars, *strides,
+                **options, num_warps=1,
+            )  # fmt: skip
+            sizes.join(starts, totals, A, reverse=False)
+        kernels.scan_outputs[sizes.grid(sizes.chunks)](
+            u, delta, A, B, C, D, delta_bias, starts, y, *sizes.scalars,
+            *strides, *C.stride()[:2], *y.stride()[:2],
+            **options, SKIP=D is not None, num_warps=1,
+        )  # fmt: skip
+    return starts
+
+
+def backward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    starts: Tensor,
+    dy: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`forward` for ``dy`` (B, L, D), rows of adjacent numbers.
+
+    Returns:
+        du (B, L, D) and ddelta (B, L, D), in the dtypes of u and delta; and in float32 dBC
+        (B, L, 2 N), dB and then dC; dweights (N + 2, D), dA transposed, then dD and ddelta_bias.
+    """
+    sizes = _Sizes(u, A)
+    carries = sizes.chunk_states(u)
+    du, ddelta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta))
+    dBC = carries.new_empty(sizes.blocks, *u.shape[:2], 2 * sizes.states)
+    dweights = carries.new_empty(sizes.batch * sizes.chunks, sizes.states + 2, sizes.width)
+    options = {"SOFTPLUS": delta_softplus, "BIAS": delta_bias is not None, **sizes.constants}
+    if not u.numel():
+        return du, ddelta, dBC.sum(0), dweights.zero_().sum(0)
+    with support.on_device_of(u):
+        if sizes.chunks > 1:
+            totals = sizes.totals(u)
+            kernels.scan_chunks_back[sizes.grid(sizes.chunks - 1)](
+                delta, A, C, delta_bias, dy, carries, totals, *sizes.scalars,
+                *delta.stride()[:2], *C.stride()[:2], *dy.stride()[:2],
+                **options, num_warps=1,
+            )  # fmt: skip
+            sizes.join(carries, totals, A, reverse=True)
+        kernels.scan_gradients[sizes.grid(sizes.chunks)](
+            u, delta, A, B, C, D, delta_bias, dy, starts, carries, du, ddelta, dBC, dweights,
+            *sizes.scalars, *(n for x in (u, delta, B, C, dy, du, ddelta) for n in x.stride()[:2]),
+            **options, SKIP=D is not None, num_warps=1,
+        )  # fmt: skip
+    return du, ddelta, dBC.sum(0), dweights.sum(0)
+
+
+@torch.library.custom_op("mamba_vision::selective_scan", mutates_args=())
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """y, and the states at the chunks' starts, which the backward pass needs."""
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    return y, forward(*_laid_out(u, delta, A, B, C, D, delta_bias), delta_softplus, y)
+
+
+@_scan.register_fake
+def _(u, delta, A, B, C, D, delta_bias, delta_softplus):
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    return y, chunk_states(u, A)
+
+
+@torch.library.custom_op("mamba_vision::selective_scan_backward", mutates_args=())
+def _scan_backward(
+    dy: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    starts: Tensor,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the seven tensors, in their order; those of absent ones mean nothing."""
+    states = A.shape[1]
+    inputs = _laid_out(u, delta, A, B, C, D, delta_bias)
+    du, ddelta, dBC, dweights = backward(*inputs, delta_softplus, starts, support.rows(dy))
+    dB, dC = (support.copy(x, like=y) for x, y in zip(dBC.split(states, dim=-1), (B, C)))
+    dA = support.copy(dweights[:states].t(), like=A)
+    dD, dbias = (
+        support.copy(dweights[states + i], like=A[:, 0] if x is None else x)
+        for i, x in enumerate((D, delta_bias))
+    )
+    return du, ddelta, dA, dB, dC, dD, dbias
+
+
+@_scan_backward.register_fake
+def _(dy, u, delta, A, B, C, D, delta_bias, starts, delta_softplus):
+    vectors = (A[:, 0] if x is None else x for x in (D, delta_bias))
+    return tuple(x.new_empty(x.shape) for x in (u, delta, A, B, C, *vectors))
+
+
+def _laid_out(
+    u, delta, A, B, C, D, delta_bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The tensors as the kernels want them."""
+    u, delta, B, C = (support.rows(x) for x in (u, delta, B, C))
+    D, delta_bias = (None if x is None else x.contiguous() for x in (D, delta_bias))
+    return u, delta, A.contiguous(), B, C, D, delta_bias
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, ctx.delta_softplus = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dy, _):
+    *tensors, starts = ctx.saved_tensors
+    if dy is None:
+        return (None,) * 8
+    grads = _scan_backward(dy, *tensors, starts, ctx.delta_softplus)
+    return *(None if x is None else dx for x, dx in zip(tensors, grads)), None
+
+
+_scan.register_autograd(_gradients, setup_context=_keep)

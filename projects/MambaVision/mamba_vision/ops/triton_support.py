@@ -1,0 +1,74 @@
+"""What the Triton backends share: where they can run, and how their kernels are launched."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+
+import torch
+import triton
+from torch import Tensor
+
+__all__ = ["DTYPES", "copy", "obstacle", "on_device_of", "rows"]
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OLDEST_TRITON = (3, 3)  # the first whose loops carry tuples
+OLDEST_GPU = (8, 0)  # Ampere: the first with bfloat16 in hardware
+
+
+def obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], **sizes: int) -> str | None:
+    """Why Triton's kernels cannot take such tensors; None if they can."""
+    if device.type != "cuda":
+        return f"it needs tensors on a CUDA device, these are on {device.type}"
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            return f"it takes float32, float16 and bfloat16, not {dtype}"
+    return _obstacle_of_machine(device)
+
+
+@functools.cache
+def _obstacle_of_machine(device: torch.device) -> str | None:
+    if torch.version.hip:
+        return "it was written for NVIDIA's GPUs"
+    version = tuple(int(number) for number in triton.__version__.split(".")[:2])
+    if version < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return (
+            f"it needs Triton {oldest} or newer, which comes with PyTorch 2.7, "
+            f"not {triton.__version__}"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        return (
+            f"it needs a GPU of compute capability {'.'.join(map(str, OLDEST_GPU))} or newer, "
+            f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
+        )
+    return None
+
+
+def rows(x: Tensor) -> Tensor:
+    """``x`` itself if the numbers of a token lie together, else a copy in which they do."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def copy(x: Tensor, *, like: Tensor) -> Tensor:
+    """A dense copy in another's dtype."""
+    return x.new_empty(x.shape, dtype=like.dtype).copy_(x)
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which kernels go to the device of ``x``."""
+    _announce()
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def _announce() -> None:
+    logger.info(
+        "Triton compiles a kernel when it first meets a dtype, which takes seconds; "
+        "it keeps them in %s",
+        triton.knobs.cache.dir if hasattr(triton, "knobs") else "~/.triton/cache",
+    )
