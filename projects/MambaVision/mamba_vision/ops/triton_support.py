@@ -50,8 +50,15 @@ def _obstacle_of_machine(device: torch.device) -> str | None:
 
 
 def rows(x: Tensor) -> Tensor:
-    """``x`` itself if the numbers of a token lie together, else a copy in which they do."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """``x`` (B, L, D) as the kernels want it: itself, or else a copy.
+
+    The numbers of a token lie together, and tokens follow each other at a constant distance, image
+    after image.
+    """
+    batch, length, width = x.shape
+    together = width == 1 or x.stride(2) == 1
+    constant = batch == 1 or x.stride(0) == length * x.stride(1)
+    return x if together and constant else x.contiguous()
 
 
 def copy(x: Tensor, *, like: Tensor) -> Tensor:

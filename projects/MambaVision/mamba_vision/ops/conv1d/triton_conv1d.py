@@ -9,12 +9,14 @@ import triton
 from torch import Tensor
 
 from .. import triton_support as support
+from ..triton_sums import sum_parts
 from . import triton_kernels as kernels
 
 __all__ = ["backward", "forward", "obstacle", "run"]
 
-TOKENS, CHANNELS = 32, 32  # of a tile
-WARPS = 4
+CHUNK = 32  # tokens of a program
+STRIDE = 8  # of them whose loads are in flight together
+CHANNELS = 64
 
 obstacle = support.obstacle
 
@@ -24,27 +26,29 @@ def run(x: Tensor, weight: Tensor) -> Tensor:
     return _convolution(x, weight)
 
 
-def _grid(batch: int, length: int, width: int, halves: int) -> tuple[int, int]:
-    return batch * triton.cdiv(length, TOKENS), halves * triton.cdiv(width, CHANNELS)
+def _launch(kernel, outputs: Sequence[Tensor], *arguments) -> None:
+    """Run a kernel on both halves, or the one that there is."""
+    batch, length, width = outputs[0].shape
+    grid = (batch * triton.cdiv(length, CHUNK), len(outputs) * triton.cdiv(width, CHANNELS))
+    with support.on_device_of(outputs[0]):
+        kernel[grid](*arguments, T=CHUNK, S=STRIDE, CHANNELS=CHANNELS, num_warps=1)
 
 
 def forward(x: Tensor, weights: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     """Convolve each half of ``x`` with weights of its own into an output of its own.
 
     Args:
-        x: (B, L, halves * D), rows of adjacent numbers.
+        x: (B, L, halves * D).
         weights: for each of one or two halves (D, 3), contiguous.
-        outputs: for each half (B, L, D), rows of adjacent numbers; filled.
+        outputs: for each half (B, L, D); filled. They and x as
+            :func:`~mamba_vision.ops.triton_support.rows` has them.
     """
-    batch, length, width = outputs[0].shape
+    _, length, width = outputs[0].shape
     first, last = outputs[0], outputs[-1]
-    if not first.numel():
-        return
-    with support.on_device_of(x):
-        kernels.convolve[_grid(batch, length, width, len(outputs))](
-            x, weights[0], weights[-1], first, last,
-            length, width, *x.stride()[:2], *first.stride()[:2], *last.stride()[:2],
-            TOKENS=TOKENS, CHANNELS=CHANNELS, num_warps=WARPS,
+    if x.numel():
+        _launch(
+            kernels.convolve, outputs, x, weights[0], weights[-1], first, last,
+            length, width, x.stride(1), first.stride(1), last.stride(1),
         )  # fmt: skip
 
 
@@ -58,16 +62,16 @@ def backward(
     """
     batch, length, width = douts[0].shape
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grid = _grid(batch, length, width, len(douts))
-    dweight = x.new_empty((grid[0], len(douts), 3, width), dtype=torch.float32)
+    dweight = x.new_zeros((len(douts), 3 * width), dtype=torch.float32)
     if x.numel():
-        with support.on_device_of(x):
-            kernels.convolve_back[grid](
-                x, weights[0], weights[-1], douts[0], douts[-1], dx, dweight, length, width,
-                *(n for t in (x, douts[0], douts[-1], dx) for n in t.stride()[:2]),
-                TOKENS=TOKENS, CHANNELS=CHANNELS, num_warps=WARPS,
-            )  # fmt: skip
-    return dx, dweight.sum(0).transpose(1, 2)
+        parts = dweight.new_empty(batch * triton.cdiv(length, CHUNK), *dweight.shape)
+        first, last = douts[0], douts[-1]
+        _launch(
+            kernels.convolve_back, douts, x, weights[0], weights[-1], first, last, dx, parts,
+            length, width, x.stride(1), first.stride(1), last.stride(1), dx.stride(1),
+        )  # fmt: skip
+        sum_parts(parts, dweight)
+    return dx, dweight.unflatten(1, (3, width)).transpose(1, 2)
 
 
 @torch.library.custom_op("mamba_vision::depthwise_conv1d_silu", mutates_args=())

@@ -97,15 +97,16 @@ def _inner_backward(
     """The gradients of the eight inputs, in their order."""
     xz, dout, half, states = support.rows(xz), support.rows(dout), x.shape[-1], A.shape[1]
     dt, B, C = _split(projected, x, A)
-    dx, ddelta, dBC, dweights = scan.backward(
-        x, delta, A.contiguous(), B, C, D.contiguous(), 2 * dt_bias.float(), True,
-        starts, dout[..., :half],
-    )  # fmt: skip
     dprojected = _aligned(x, len(x_proj))
-    ddt, _, _ = _split(dprojected, x, A)
+    ddt, dBC = dprojected.split([dt.shape[1], 2 * states], dim=1)
+    dx, ddelta, dweights = scan.backward(
+        x, delta, A.contiguous(), B, C, D.contiguous(), 2 * dt_bias.float(), True,
+        starts, dout[..., :half], dBC,
+    )  # fmt: skip
     tokens, ddelta = x.flatten(0, 1), ddelta.flatten(0, 1)
     torch.mm(ddelta, dt_proj.to(x.dtype), out=ddt)
-    dprojected[:, -2 * states :].copy_(dBC.flatten(0, 1))
+    ddt_proj = (ddelta.t() @ dt).to(dt_proj.dtype)
+    del ddelta  # the convolution's gradient can have its place
     dx.flatten(0, 1).addmm_(dprojected, x_proj.to(x.dtype))
     weights = [conv_x.contiguous(), conv_z.contiguous()]
     dxz, dconv = conv.backward(xz, weights, [dx, dout[..., half:]])
@@ -114,7 +115,7 @@ def _inner_backward(
         support.copy(dconv[0], like=conv_x),
         support.copy(dconv[1], like=conv_z),
         (dprojected.t() @ tokens).to(x_proj.dtype),
-        (ddelta.t() @ dt).to(dt_proj.dtype),
+        ddt_proj,
         (2 * dweights[states + 1]).to(dt_bias.dtype),
         support.copy(dweights[:states].t(), like=A),
         support.copy(dweights[states], like=D),

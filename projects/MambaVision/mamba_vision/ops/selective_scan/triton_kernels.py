@@ -1,11 +1,15 @@
 """Triton kernels of the chunked selective scan; README.md beside this has the maths.
 
-One program is one warp. It takes a chunk of T tokens of one image and a block of channels, a
-channel or two a lane, and walks the tokens with the channels' states in registers: a state is a
-tuple of N vectors (channels,). Everything is computed in float32; tokens past the end of the
-sequence have a step size of 0, with which a state stays as it is.
+One program is one warp. It takes a chunk of T tokens of one image and a block of 32 channels, one a
+lane, and walks the tokens with the channels' states in registers: a state is a tuple of N vectors
+of 32. B_t and C_t come in one load, a number a lane, and go round by shuffles. All is computed in
+float32.
 
-Shapes, besides those of ``ops``: K chunks; rows of u, delta, y are contiguous, rows of B and C too.
+Tokens past the end and channels past the last are read from the last ones. Their step sizes, and
+what their outputs would send back, are 0: so they change no state and add to no sum.
+
+Shapes, besides those of ``ops``: K chunks. The rows of u, delta, B, C, y and the gradients follow
+each other at a constant distance, image after image; B and C have the same dtype and distance.
 """
 
 import triton
@@ -39,17 +43,11 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _vector(pointer, columns, inside, GIVEN: tl.constexpr):
+def _vector(pointer, columns, D, GIVEN: tl.constexpr):
     """A number per channel; zeros if it is not given."""
     if GIVEN:
-        return tl.load(pointer + columns, mask=inside, other=0.0).to(tl.float32)
+        return tl.load(pointer + columns, mask=columns < D, other=0.0).to(tl.float32)
     return tl.zeros(columns.shape, tl.float32)
-
-
-@triton.jit
-def _row(pointer, columns, inside):
-    """A token's numbers."""
-    return tl.load(pointer + columns, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -61,51 +59,82 @@ def _zeros(columns, N: tl.constexpr):
 
 
 @triton.jit
-def _load_rates(A, columns, inside, N: tl.constexpr):
+def _load_rates(A, columns, D, N: tl.constexpr):
     """A (D, N), for powers of 2."""
     rates = ()
     for n in tl.static_range(N):
-        rates += (tl.load(A + columns * N + n, mask=inside, other=0.0).to(tl.float32) * LOG2E,)
+        rates += (tl.load(A + columns * N + n, mask=columns < D, other=0.0).to(tl.float32) * LOG2E,)
     return rates
 
 
 @triton.jit
-def _load_state(pointer, columns, inside, D, N: tl.constexpr):
+def _load_state(pointer, columns, D, N: tl.constexpr):
     state = ()
     for n in tl.static_range(N):
-        state += (tl.load(pointer + n * D + columns, mask=inside, other=0.0),)
+        state += (tl.load(pointer + n * D + columns, mask=columns < D, other=0.0),)
     return state
 
 
 @triton.jit
-def _store_state(pointer, state, columns, inside, D, N: tl.constexpr):
+def _store_state(pointer, state, columns, D, N: tl.constexpr):
     for n in tl.static_range(N):
-        tl.store(pointer + n * D + columns, state[n], mask=inside)
+        tl.store(pointer + n * D + columns, state[n], mask=columns < D)
 
 
 @triton.jit
-def _step_size(delta, bias, valid, SOFTPLUS: tl.constexpr):
+def _weights(B, C, lanes, N: tl.constexpr):
+    """Where a lane finds its number among B_t and C_t: B_0 .. B_(N - 1), C_0 .. C_(N - 1), any."""
+    place = lanes % (2 * N)
+    return tl.where(place < N, B + place, C + place - N)
+
+
+@triton.jit
+def _row(pointers, t, stride):
+    """A token's numbers, one a lane."""
+    return tl.load(pointers + t * stride).to(tl.float32)
+
+
+@triton.jit
+def _of(weights, n: tl.constexpr):
+    """The number of lane n, for all lanes."""
+    return tl.gather(weights, tl.full(weights.shape, n, tl.int32), 0)
+
+
+@triton.jit
+def _step_size(delta, here, SOFTPLUS: tl.constexpr):
     if SOFTPLUS:
-        return tl.where(valid, _softplus(delta + bias), 0.0)
-    return tl.where(valid, delta + bias, 0.0)
+        return tl.where(here, _softplus(delta), 0.0)
+    return tl.where(here, delta, 0.0)
 
 
 @triton.jit
-def _advance(state, rates, step, drive, B, valid, N: tl.constexpr):
-    """exp(delta_t A) h + delta_t u_t B_t, for a pointer to B_t."""
+def _advance(state, rates, step, drive, weights, N: tl.constexpr):
+    """exp(delta A) h + delta u B."""
     after = ()
     for n in tl.static_range(N):
-        weight = tl.load(B + n, mask=valid, other=0.0).to(tl.float32)
-        after += (tl.exp2(rates[n] * step) * state[n] + drive * weight,)
+        after += (tl.exp2(rates[n] * step) * state[n] + drive * _of(weights, n),)
     return after
 
 
 @triton.jit
+def _run(
+    state, first, rates, shift, u, delta, BC, L, inside, u_row, delta_row, BC_row,
+    TOKENS: tl.constexpr, N: tl.constexpr, SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    """The state after tokens first .. first + TOKENS - 1."""
+    for i in tl.static_range(TOKENS):
+        t = tl.minimum(first + i, L - 1)
+        here = inside & (first + i < L)
+        step = _step_size(_row(delta, t, delta_row) + shift, here, SOFTPLUS)
+        drive = step * _row(u, t, u_row)
+        state = _advance(state, rates, step, drive, _row(BC, t, BC_row), N)
+    return state
+
+
+@triton.jit
 def scan_chunks(
-    u, delta, A, B, bias, ends, totals,
-    L, D, K, u_batch, u_row, delta_batch, delta_row, B_batch, B_row,
-    N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, CHANNELS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr,
+    u, delta, A, B, C, bias, ends, totals, L, D, K, u_row, delta_row, BC_row,
+    N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, SOFTPLUS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Run every chunk but the last from a zero state.
 
@@ -113,21 +142,24 @@ def scan_chunks(
     its step sizes to totals (B, K, D).
     """
     batch, k = (tl.program_id(0) // (K - 1)).to(tl.int64), tl.program_id(0) % (K - 1)
-    columns = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = columns < D
-    rates = _load_rates(A, columns, inside, N)
-    shift = _vector(bias, columns, inside, BIAS)
-    u, delta, B = u + batch * u_batch, delta + batch * delta_batch, B + batch * B_batch
+    lanes = tl.arange(0, 32)
+    columns = tl.program_id(1) * 32 + lanes
+    inside, there = columns < D, tl.minimum(columns, D - 1)
+    rates = _load_rates(A, columns, D, N)
+    shift = _vector(bias, columns, D, BIAS)
+    first = batch * L + k * T
+    u, delta = u + first * u_row + there, delta + first * delta_row + there
+    BC = _weights(B, C, lanes, N) + first * BC_row
     state = _zeros(columns, N)
     total = tl.zeros(columns.shape, tl.float32)
     for s in range(T // S):
         for i in tl.static_range(S):
-            t = k * T + s * S + i
-            step = _step_size(_row(delta + t * delta_row, columns, inside), shift, True, SOFTPLUS)
-            drive = step * _row(u + t * u_row, columns, inside)
-            state = _advance(state, rates, step, drive, B + t * B_row, True, N)
+            t = s * S + i
+            step = _step_size(_row(delta, t, delta_row) + shift, inside, SOFTPLUS)
+            drive = step * _row(u, t, u_row)
+            state = _advance(state, rates, step, drive, _row(BC, t, BC_row), N)
             total += step
-    _store_state(ends + (batch * K + k + 1) * N * D, state, columns, inside, D, N)
+    _store_state(ends + (batch * K + k + 1) * N * D, state, columns, D, N)
     tl.store(totals + (batch * K + k) * D + columns, total, mask=inside)
 
 
@@ -175,42 +207,39 @@ def join_chunks(
 
 @triton.jit
 def scan_outputs(
-    u, delta, A, B, C, skip, bias, starts, y,
-    L, D, K, u_batch, u_row, delta_batch, delta_row, B_batch, B_row, C_batch, C_row, y_batch, y_row,
-    N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, CHANNELS: tl.constexpr,
+    u, delta, A, B, C, skip, bias, starts, y, L, D, K, u_row, delta_row, BC_row, y_row,
+    N: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """Run every chunk from its true start, starts (B, K, N, D), and write y."""
-    batch, k = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K
-    columns = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = columns < D
-    rates = _load_rates(A, columns, inside, N)
-    shift = _vector(bias, columns, inside, BIAS)
-    through = _vector(skip, columns, inside, SKIP)
-    u, delta, y = u + batch * u_batch, delta + batch * delta_batch, y + batch * y_batch
-    B, C = B + batch * B_batch, C + batch * C_batch
-    state = _load_state(starts + (batch * K + k) * N * D, columns, inside, D, N)
+    program, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, 32)
+    batch, k = program // K, (program % K).to(tl.int32)
+    columns = tl.program_id(1) * 32 + lanes
+    inside, there = columns < D, tl.minimum(columns, D - 1)
+    rates = _load_rates(A, columns, D, N)
+    shift = _vector(bias, columns, D, BIAS)
+    through = _vector(skip, columns, D, SKIP)
+    first, left = batch * L + k * T, L - k * T
+    u, delta = u + first * u_row + there, delta + first * delta_row + there
+    BC, y = _weights(B, C, lanes, N) + first * BC_row, y + first * y_row + columns
+    state = _load_state(starts + program * N * D, columns, D, N)
     for s in range(T // S):
         for i in tl.static_range(S):
-            t = k * T + s * S + i
-            valid = t < L
-            here = inside & valid
-            step = _step_size(_row(delta + t * delta_row, columns, here), shift, valid, SOFTPLUS)
-            u_t = _row(u + t * u_row, columns, here)
-            state = _advance(state, rates, step, step * u_t, B + t * B_row, valid, N)
+            t = tl.minimum(s * S + i, left - 1)
+            here = inside & (s * S + i < left)
+            step = _step_size(_row(delta, t, delta_row) + shift, here, SOFTPLUS)
+            u_t, weights = _row(u, t, u_row), _row(BC, t, BC_row)
+            state = _advance(state, rates, step, step * u_t, weights, N)
             y_t = through * u_t
             for n in tl.static_range(N):
-                weight = tl.load(C + t * C_row + n, mask=valid, other=0.0).to(tl.float32)
-                y_t += weight * state[n]
-            tl.store(y + t * y_row + columns, y_t.to(y.dtype.element_ty), mask=here)
+                y_t += _of(weights, N + n) * state[n]
+            tl.store(y + t * y_row, y_t.to(y.dtype.element_ty), mask=here)
 
 
 @triton.jit
 def scan_chunks_back(
-    delta, A, C, bias, dy, ends, totals,
-    L, D, K, delta_batch, delta_row, C_batch, C_row, dy_batch, dy_row,
-    N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, CHANNELS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr,
+    delta, A, B, C, bias, dy, ends, totals, L, D, K, delta_row, BC_row, dy_row,
+    N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, SOFTPLUS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Run every chunk but the first from right to left, from a zero adjoint.
 
@@ -218,123 +247,151 @@ def scan_chunks_back(
     step sizes to totals (B, K, D).
     """
     batch, k = (tl.program_id(0) // (K - 1)).to(tl.int64), tl.program_id(0) % (K - 1) + 1
-    columns = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = columns < D
-    rates = _load_rates(A, columns, inside, N)
-    shift = _vector(bias, columns, inside, BIAS)
-    delta, dy, C = delta + batch * delta_batch, dy + batch * dy_batch, C + batch * C_batch
+    lanes = tl.arange(0, 32)
+    columns = tl.program_id(1) * 32 + lanes
+    inside, there = columns < D, tl.minimum(columns, D - 1)
+    rates = _load_rates(A, columns, D, N)
+    shift = _vector(bias, columns, D, BIAS)
+    first, left = batch * L + k * T, L - k * T
+    delta, dy = delta + first * delta_row + there, dy + first * dy_row + there
+    BC = _weights(B, C, lanes, N) + first * BC_row
     carry = _zeros(columns, N)
     total = tl.zeros(columns.shape, tl.float32)
-    for s in range(T // S):
-        for i in tl.static_range(S):
-            t = k * T + T - 1 - s * S - i
-            valid = t < L
-            here = inside & valid
-            step = _step_size(_row(delta + t * delta_row, columns, here), shift, valid, SOFTPLUS)
-            dy_t = _row(dy + t * dy_row, columns, here)
+    for s in range(T // S - 1, -1, -1):
+        for i in tl.static_range(S - 1, -1, -1):
+            t = tl.minimum(s * S + i, left - 1)
+            here = inside & (s * S + i < left)
+            step = _step_size(_row(delta, t, delta_row) + shift, here, SOFTPLUS)
+            dy_t, weights = tl.where(here, _row(dy, t, dy_row), 0.0), _row(BC, t, BC_row)
             leaving = ()
             for n in tl.static_range(N):
-                weight = tl.load(C + t * C_row + n, mask=valid, other=0.0).to(tl.float32)
-                leaving += (tl.exp2(rates[n] * step) * (carry[n] + weight * dy_t),)
+                adjoint = carry[n] + _of(weights, N + n) * dy_t
+                leaving += (tl.exp2(rates[n] * step) * adjoint,)
             carry = leaving
             total += step
-    _store_state(ends + (batch * K + k - 1) * N * D, carry, columns, inside, D, N)
+    _store_state(ends + (batch * K + k - 1) * N * D, carry, columns, D, N)
     tl.store(totals + (batch * K + k) * D + columns, total, mask=inside)
+
+
+@triton.jit
+def _exchange(values, lanes, distance: tl.constexpr, COUNT: tl.constexpr):
+    """Half of COUNT vectors, which lanes so far apart add up each for both."""
+    kept = ()
+    if COUNT > 1:
+        upper = (lanes & distance) != 0
+        for i in tl.static_range(COUNT // 2):
+            low, high = values[i], values[i + COUNT // 2]
+            sent = tl.gather(tl.where(upper, low, high), lanes ^ distance, 0)
+            kept += (tl.where(upper, high, low) + sent,)
+    else:
+        kept += (values[0] + tl.gather(values[0], lanes ^ distance, 0),)
+    return kept
+
+
+@triton.jit
+def _sums(values, lanes, COUNT: tl.constexpr):
+    """The sums over 32 lanes of COUNT vectors, a power of 2 of at most 32.
+
+    Lane l has that of vector l * COUNT // 32. Summed one by one they would take five shuffles each.
+    """
+    values = _exchange(values, lanes, 16, COUNT)
+    values = _exchange(values, lanes, 8, COUNT // 2)
+    values = _exchange(values, lanes, 4, COUNT // 4)
+    values = _exchange(values, lanes, 2, COUNT // 8)
+    values = _exchange(values, lanes, 1, COUNT // 16)
+    return values[0]
 
 
 @triton.jit
 def scan_gradients(
     u, delta, A, B, C, skip, bias, dy, starts, carries, du, ddelta, dBC, dweights,
-    L, D, K, u_batch, u_row, delta_batch, delta_row, B_batch, B_row, C_batch, C_row,
-    dy_batch, dy_row, du_batch, du_row, ddelta_batch, ddelta_row,
-    N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, CHANNELS: tl.constexpr,
+    L, D, K, u_row, delta_row, BC_row, dy_row,
+    N: tl.constexpr, T: tl.constexpr, S: tl.constexpr, COUNT: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """Walk every chunk from right to left, S tokens at a time, whose states are run again first.
 
     starts and carries (B, K, N, D) are what enters a chunk from the left and from the right.
     dBC (blocks of channels, B, L, 2 N) and dweights (B, K, N + 2, D) are parts of the sums over
-    channels, dB and then dC, and over tokens: dA, then dD and dbias.
+    channels, dB and then dC, and over tokens: dA, then dD and dbias. COUNT is the power of 2 from
+    2 N on.
     """
-    program, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program, block, lanes = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, 32)
     batch, k = program // K, (program % K).to(tl.int32)
-    columns = block * CHANNELS + tl.arange(0, CHANNELS)
-    inside = columns < D
-    rates = _load_rates(A, columns, inside, N)
-    shift = _vector(bias, columns, inside, BIAS)
-    through = _vector(skip, columns, inside, SKIP)
-    u, delta, dy = u + batch * u_batch, delta + batch * delta_batch, dy + batch * dy_batch
-    B, C = B + batch * B_batch, C + batch * C_batch
-    du, ddelta = du + batch * du_batch, ddelta + batch * ddelta_batch
-    dBC += (block * tl.num_programs(0) // K + batch) * L * 2 * N
-    start = _load_state(starts + program * N * D, columns, inside, D, N)
-    carry = _load_state(carries + program * N * D, columns, inside, D, N)
-    dA, dD, dbias = _zeros(columns, N), tl.zeros(columns.shape, tl.float32), tl.zeros(
-        columns.shape, tl.float32
-    )  # fmt: skip
-    for s in range(T // S - 1, -1, -1):
-        state = start
-        for j in range(s):
-            for i in tl.static_range(S):
-                t = k * T + j * S + i
-                valid = t < L
-                here = inside & valid
-                step = _step_size(
-                    _row(delta + t * delta_row, columns, here), shift, valid, SOFTPLUS
-                )
-                drive = step * _row(u + t * u_row, columns, here)
-                state = _advance(state, rates, step, drive, B + t * B_row, valid, N)
-        states = ()  # before each of the S tokens
-        for i in tl.static_range(S):
-            states += (state,)
-            if i + 1 < S:
-                t = k * T + s * S + i
-                valid = t < L
-                here = inside & valid
-                step = _step_size(
-                    _row(delta + t * delta_row, columns, here), shift, valid, SOFTPLUS
-                )
-                drive = step * _row(u + t * u_row, columns, here)
-                state = _advance(state, rates, step, drive, B + t * B_row, valid, N)
-        for i in tl.static_range(S - 1, -1, -1):
-            t = k * T + s * S + i
-            valid = t < L
-            here = inside & valid
-            raw = _row(delta + t * delta_row, columns, here) + shift
-            step = _step_size(raw, 0.0, valid, SOFTPLUS)
-            u_t = _row(u + t * u_row, columns, here)
-            dy_t = _row(dy + t * dy_row, columns, here)
-            drive = step * u_t
-            ddrive = tl.zeros(columns.shape, tl.float32)
-            dstep = tl.zeros(columns.shape, tl.float32)
-            leaving, dA_on = (), ()
-            for n in tl.static_range(N):
-                B_t = tl.load(B + t * B_row + n, mask=valid, other=0.0).to(tl.float32)
-                C_t = tl.load(C + t * C_row + n, mask=valid, other=0.0).to(tl.float32)
-                decay = tl.exp2(rates[n] * step)
-                kept = decay * states[i][n]
-                adjoint = carry[n] + C_t * dy_t
-                sums = dBC + t * 2 * N + n
-                tl.store(sums, tl.sum(adjoint * drive), mask=valid)
-                tl.store(sums + N, tl.sum(dy_t * (kept + drive * B_t)), mask=valid)
-                ddrive += adjoint * B_t
-                dexponent = adjoint * kept
-                dstep += dexponent * rates[n]
-                dA_on += (dA[n] + dexponent * step,)
-                leaving += (decay * adjoint,)
-            carry, dA = leaving, dA_on
-            dstep = dstep * LN2 + ddrive * u_t
-            if SOFTPLUS:
-                dstep *= _sigmoid(raw)
-            dstep = tl.where(valid, dstep, 0.0)
-            du_t = ddrive * step + through * dy_t
-            tl.store(
-                ddelta + t * ddelta_row + columns, dstep.to(ddelta.dtype.element_ty), mask=here
-            )
-            tl.store(du + t * du_row + columns, du_t.to(du.dtype.element_ty), mask=here)
-            dbias += dstep
-            dD += dy_t * u_t
+    columns = block * 32 + lanes
+    inside, there = columns < D, tl.minimum(columns, D - 1)
+    rates = _load_rates(A, columns, D, N)
+    shift = _vector(bias, columns, D, BIAS)
+    through = _vector(skip, columns, D, SKIP)
+    first, left = batch * L + k * T, L - k * T
+    u, delta = u + first * u_row + there, delta + first * delta_row + there
+    BC, dy = _weights(B, C, lanes, N) + first * BC_row, dy + first * dy_row + there
+    du, ddelta = du + first * D + columns, ddelta + first * D + columns
+    sum_of = lanes * COUNT // 32
+    one_of = (lanes * COUNT % 32 == 0) & (sum_of < 2 * N)
+    images = tl.num_programs(0) // K
+    dBC += (block.to(tl.int64) * images * L + first) * 2 * N + sum_of
+    carry = _load_state(carries + program * N * D, columns, D, N)
+    dA = _zeros(columns, N)
+    dD = tl.zeros(columns.shape, tl.float32)
+    dbias = tl.zeros(columns.shape, tl.float32)
+    for half in range(1, -1, -1):
+        middle = _load_state(starts + program * N * D, columns, D, N)
+        for j in range(half * (T // 2 // S)):
+            middle = _run(
+                middle, j * S, rates, shift, u, delta, BC, left, inside, u_row, delta_row, BC_row,
+                S, N, SOFTPLUS,
+            )  # fmt: skip
+        for s in range(T // 2 // S - 1, -1, -1):
+            state = middle
+            for j in range(s):
+                t = half * (T // 2) + j * S
+                state = _run(
+                    state, t, rates, shift, u, delta, BC, left, inside, u_row, delta_row, BC_row,
+                    S, N, SOFTPLUS,
+                )  # fmt: skip
+            start = half * (T // 2) + s * S
+            states = (state,)  # before each of the S tokens
+            for i in tl.static_range(S - 1):
+                state = _run(
+                    state, start + i, rates, shift, u, delta, BC, left, inside, u_row, delta_row,
+                    BC_row, 1, N, SOFTPLUS,
+                )  # fmt: skip
+                states += (state,)
+            for i in tl.static_range(S - 1, -1, -1):
+                t = tl.minimum(start + i, left - 1)
+                here = inside & (start + i < left)
+                raw = _row(delta, t, delta_row) + shift
+                step = _step_size(raw, here, SOFTPLUS)
+                u_t, dy_t = _row(u, t, u_row), tl.where(here, _row(dy, t, dy_row), 0.0)
+                weights = _row(BC, t, BC_row)
+                drive = step * u_t
+                ddrive = tl.zeros(columns.shape, tl.float32)
+                dstep = tl.zeros(columns.shape, tl.float32)
+                leaving, dA_on, dB_t, dC_t = (), (), (), ()
+                for n in tl.static_range(N):
+                    B_t, decay = _of(weights, n), tl.exp2(rates[n] * step)
+                    kept = decay * states[i][n]
+                    adjoint = carry[n] + _of(weights, N + n) * dy_t
+                    dB_t += (adjoint * drive,)
+                    dC_t += (dy_t * (kept + drive * B_t),)
+                    ddrive += adjoint * B_t
+                    dexponent = adjoint * kept
+                    dstep += dexponent * rates[n]
+                    dA_on += (dA[n] + dexponent * step,)
+                    leaving += (decay * adjoint,)
+                carry, dA = leaving, dA_on
+                sums = _sums(dB_t + dC_t + _zeros(columns, COUNT - 2 * N), lanes, COUNT)
+                tl.store(dBC + t * (2 * N), sums, mask=one_of & (start + i < left))
+                dstep = dstep * LN2 + ddrive * u_t
+                if SOFTPLUS:
+                    dstep *= _sigmoid(raw)
+                du_t = ddrive * step + through * dy_t
+                tl.store(ddelta + t * D, dstep.to(ddelta.dtype.element_ty), mask=here)
+                tl.store(du + t * D, du_t.to(du.dtype.element_ty), mask=here)
+                dbias += dstep
+                dD += dy_t * u_t
     dweights += program * (N + 2) * D
-    _store_state(dweights, dA, columns, inside, D, N)
+    _store_state(dweights, dA, columns, D, N)
     tl.store(dweights + N * D + columns, dD, mask=inside)
     tl.store(dweights + (N + 1) * D + columns, dbias, mask=inside)

@@ -11,14 +11,16 @@ import triton
 from torch import Tensor
 
 from .. import triton_support as support
+from ..triton_sums import sum_parts
 from . import triton_kernels as kernels
 
 __all__ = ["MAX_STATE", "backward", "chunk_states", "forward", "obstacle", "run"]
 
 MAX_STATE = 16
 CHUNK = 32  # tokens; shorter ones mean more chunk states, longer ones fewer programs
-STRIDE = 4  # tokens whose states the backward pass holds in registers
-CHANNELS = 32  # a lane each
+STRIDE = 8  # of them whose loads are in flight together
+STRIDE_BACK = 4  # of them whose states the backward pass holds in registers
+LANES = 32  # channels of a program
 
 
 def obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], *, states: int) -> str | None:
@@ -50,15 +52,14 @@ class _Sizes:
         self.batch, self.length, self.width = u.shape
         self.states = A.shape[1]
         self.chunks = max(1, -(-self.length // CHUNK))
-        self.blocks = -(-self.width // CHANNELS)
-        self.constants = {"N": self.states, "T": CHUNK, "S": STRIDE, "CHANNELS": CHANNELS}
+        self.blocks = -(-self.width // LANES)
+
+    def grid(self, chunks: int) -> tuple[int, int]:
+        return self.batch * chunks, self.blocks
 
     @property
     def scalars(self) -> tuple[int, int, int]:
         return self.length, self.width, self.chunks
-
-    def grid(self, chunks: int) -> tuple[int, int]:
-        return self.batch * chunks, self.blocks
 
     def chunk_states(self, u: Tensor) -> Tensor:
         make = u.new_zeros if self.chunks == 1 else u.new_empty
@@ -69,10 +70,10 @@ class _Sizes:
         return u.new_empty((self.batch, self.chunks, self.width), dtype=torch.float32)
 
     def join(self, states: Tensor, totals: Tensor, A: Tensor, *, reverse: bool) -> None:
-        rows = min(64, triton.next_power_of_2(self.chunks))
-        kernels.join_chunks[(self.batch * self.states * self.blocks,)](
+        rows, channels, warps = (512, 16, 8) if self.chunks > 64 else (64, 32, 4)
+        kernels.join_chunks[(self.batch * self.states * triton.cdiv(self.width, channels),)](
             states, totals, A, self.width, self.chunks,
-            N=self.states, CHUNKS=rows, CHANNELS=CHANNELS, REVERSE=reverse, num_warps=4,
+            N=self.states, CHUNKS=rows, CHANNELS=channels, REVERSE=reverse, num_warps=warps,
         )  # fmt: skip
 
 
@@ -95,32 +96,34 @@ def forward(
     """Scan into ``y``, and return the states at the chunks' starts.
 
     Args:
-        u, delta, B, C: rows of adjacent numbers; otherwise, and the rest, as for
+        u, delta, B, C: as :func:`~mamba_vision.ops.triton_support.rows` has them, B and C with the
+            same dtype and distance of rows; otherwise, and the rest, as for
             :func:`mamba_vision.ops.selective_scan`.
         A, D, delta_bias: contiguous.
-        y: (B, L, D), filled; rows of adjacent numbers.
+        y: (B, L, D), filled; laid out as u.
 
     Returns:
         (B, K, N, D) float32.
     """
     sizes = _Sizes(u, A)
     starts = sizes.chunk_states(u)
-    options = {"SOFTPLUS": delta_softplus, "BIAS": delta_bias is not None, **sizes.constants}
-    strides = (*u.stride()[:2], *delta.stride()[:2], *B.stride()[:2])
+    options = {
+        "N": sizes.states, "T": CHUNK, "S": STRIDE, "num_warps": 1,
+        "SOFTPLUS": delta_softplus, "BIAS": delta_bias is not None,
+    }
+    strides = u.stride(1), delta.stride(1), B.stride(1)
     if not u.numel():
         return starts
     with support.on_device_of(u):
         if sizes.chunks > 1:
             totals = sizes.totals(u)
             kernels.scan_chunks[sizes.grid(sizes.chunks - 1)](
-                u, delta, A, B, delta_bias, starts, totals, *sizes.scalars, *strides,
-                **options, num_warps=1,
-            )  # fmt: skip
+                u, delta, A, B, C, delta_bias, starts, totals, *sizes.scalars, *strides, **options
+            )
             sizes.join(starts, totals, A, reverse=False)
         kernels.scan_outputs[sizes.grid(sizes.chunks)](
-            u, delta, A, B, C, D, delta_bias, starts, y, *sizes.scalars,
-            *strides, *C.stride()[:2], *y.stride()[:2],
-            **options, SKIP=D is not None, num_warps=1,
+            u, delta, A, B, C, D, delta_bias, starts, y, *sizes.scalars, *strides, y.stride(1),
+            SKIP=D is not None, **options,
         )  # fmt: skip
     return starts
 
@@ -136,36 +139,48 @@ def backward(
     delta_softplus: bool,
     starts: Tensor,
     dy: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forward` for ``dy`` (B, L, D), rows of adjacent numbers.
+    dBC: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`forward`.
+
+    Args:
+        u, ..., starts: as for and from :func:`forward`.
+        dy: (B, L, D), laid out as u.
+        dBC: (B L, 2 N), filled with dB and then dC; rows of adjacent numbers.
 
     Returns:
-        du (B, L, D) and ddelta (B, L, D), in the dtypes of u and delta; and in float32 dBC
-        (B, L, 2 N), dB and then dC; dweights (N + 2, D), dA transposed, then dD and ddelta_bias.
+        du (B, L, D) and ddelta (B, L, D), in the dtypes of u and delta, and dweights (N + 2, D)
+        float32: dA transposed, then dD and ddelta_bias.
     """
     sizes = _Sizes(u, A)
-    carries = sizes.chunk_states(u)
     du, ddelta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta))
-    dBC = carries.new_empty(sizes.blocks, *u.shape[:2], 2 * sizes.states)
-    dweights = carries.new_empty(sizes.batch * sizes.chunks, sizes.states + 2, sizes.width)
-    options = {"SOFTPLUS": delta_softplus, "BIAS": delta_bias is not None, **sizes.constants}
+    dweights = u.new_zeros((sizes.states + 2, sizes.width), dtype=torch.float32)
+    options = {
+        "N": sizes.states, "T": CHUNK, "num_warps": 1,
+        "SOFTPLUS": delta_softplus, "BIAS": delta_bias is not None,
+    }
     if not u.numel():
-        return du, ddelta, dBC.sum(0), dweights.zero_().sum(0)
+        return du, ddelta, dweights
+    carries = sizes.chunk_states(u)
+    BC_parts = carries.new_empty(sizes.blocks, *dBC.shape)
+    parts = carries.new_empty(sizes.batch * sizes.chunks, *dweights.shape)
     with support.on_device_of(u):
         if sizes.chunks > 1:
             totals = sizes.totals(u)
             kernels.scan_chunks_back[sizes.grid(sizes.chunks - 1)](
-                delta, A, C, delta_bias, dy, carries, totals, *sizes.scalars,
-                *delta.stride()[:2], *C.stride()[:2], *dy.stride()[:2],
-                **options, num_warps=1,
+                delta, A, B, C, delta_bias, dy, carries, totals, *sizes.scalars,
+                delta.stride(1), B.stride(1), dy.stride(1), S=STRIDE, **options,
             )  # fmt: skip
             sizes.join(carries, totals, A, reverse=True)
         kernels.scan_gradients[sizes.grid(sizes.chunks)](
-            u, delta, A, B, C, D, delta_bias, dy, starts, carries, du, ddelta, dBC, dweights,
-            *sizes.scalars, *(n for x in (u, delta, B, C, dy, du, ddelta) for n in x.stride()[:2]),
-            **options, SKIP=D is not None, num_warps=1,
+            u, delta, A, B, C, D, delta_bias, dy, starts, carries, du, ddelta, BC_parts, parts,
+            *sizes.scalars, u.stride(1), delta.stride(1), B.stride(1), dy.stride(1),
+            S=STRIDE_BACK, COUNT=triton.next_power_of_2(2 * sizes.states),
+            SKIP=D is not None, **options,
         )  # fmt: skip
-    return du, ddelta, dBC.sum(0), dweights.sum(0)
+    sum_parts(BC_parts, dBC)
+    sum_parts(parts, dweights)
+    return du, ddelta, dweights
 
 
 @torch.library.custom_op("mamba_vision::selective_scan", mutates_args=())
@@ -206,7 +221,9 @@ def _scan_backward(
     """The gradients of the seven tensors, in their order; those of absent ones mean nothing."""
     states = A.shape[1]
     inputs = _laid_out(u, delta, A, B, C, D, delta_bias)
-    du, ddelta, dBC, dweights = backward(*inputs, delta_softplus, starts, support.rows(dy))
+    dBC = starts.new_empty(u.shape[:2].numel(), 2 * states)
+    du, ddelta, dweights = backward(*inputs, delta_softplus, starts, support.rows(dy), dBC)
+    dBC = dBC.unflatten(0, u.shape[:2])
     dB, dC = (support.copy(x, like=y) for x, y in zip(dBC.split(states, dim=-1), (B, C)))
     dA = support.copy(dweights[:states].t(), like=A)
     dD, dbias = (
@@ -228,6 +245,8 @@ def _laid_out(
     """The tensors as the kernels want them."""
     u, delta, B, C = (support.rows(x) for x in (u, delta, B, C))
     D, delta_bias = (None if x is None else x.contiguous() for x in (D, delta_bias))
+    if B.dtype != C.dtype or B.stride(1) != C.stride(1):
+        B, C = (x.float().contiguous() for x in (B, C))
     return u, delta, A.contiguous(), B, C, D, delta_bias
 
 
