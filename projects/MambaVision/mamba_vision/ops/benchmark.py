@@ -1,14 +1,19 @@
-"""Time every backend of the operators side by side, each checked against its definition first.
+"""Time every backend of the operators side by side, each checked against float64 first.
 
 In every round each backend runs in turn, so that whatever else the machine does meets all of them.
-Times are medians over the rounds, ratios medians of the rounds' ratios.
+Times are medians over the rounds, ratios medians of the rounds' ratios. On a GPU it is the GPU's
+time, that of a replayed CUDA graph: what Python takes to launch the kernels is left out, unless
+--eager is given. The floor is the time for reading the inputs and writing the results once, or for
+the exponentials and matrix products if that is longer, at the speeds of this GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .backends import Backends
-from .conv1d import BACKENDS as CONV_BACKENDS
-from .conv1d import WIDTH, depthwise_conv1d_silu
-from .selective_scan import BACKENDS as SCAN_BACKENDS
-from .selective_scan import selective_scan
+from .benchmark_operators import OPERATORS, Operator, Shape
 
 __all__ = ["add_arguments", "run"]
 
@@ -34,41 +35,8 @@ SHAPES = {  # one image at strides 16 and 32, and windows of ImageNet's size
 }
 COLUMNS = (
     *("operator", "B, L, D, N", "dtype", "backend", "forward ms", "forward and backward ms"),
-    *("memory MiB", "speed of forward", "of both", "error"),
+    *("memory MiB", "speed of forward", "of both", "floor of both", "error"),
 )
-
-
-class Shape(NamedTuple):
-    """Images, tokens, channels and state numbers per channel."""
-
-    B: int
-    L: int
-    D: int
-    N: int
-
-
-def _draw_scan(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
-    batch, length, width, states = shape
-    rates = torch.arange(1.0, states + 1).repeat(width, 1)
-    u, delta = torch.randn(2, batch, length, width).to(dtype)
-    B, C = torch.randn(2, batch, length, states).to(dtype)
-    return [u, delta - 2, -rates, B, C, torch.ones(width), torch.randn(width) / 2]
-
-
-def _draw_conv(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
-    return [torch.randn(*shape[:3]).to(dtype), torch.randn(shape.D, WIDTH).to(dtype)]
-
-
-class Operator(NamedTuple):
-    function: Callable[..., Tensor]
-    backends: Backends
-    draw: Callable[[Shape, torch.dtype], list[Tensor]]
-
-
-OPERATORS = {
-    "selective_scan": Operator(selective_scan, SCAN_BACKENDS, _draw_scan),
-    "depthwise_conv1d_silu": Operator(depthwise_conv1d_silu, CONV_BACKENDS, _draw_conv),
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument(
+        "--eager", action="store_true", help="on a GPU: with the time that launching takes"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--device cuda: PyTorch sees no GPU here; take --device cpu")
     if args.rounds < 1:
         raise UserError("--rounds: at least one round is needed")
-    known = {name for key in args.operators for name in OPERATORS[key].backends.modules}
+    known = {name for key in args.operators for name in OPERATORS[key].backends}
     for name in args.backends or ():
         if name not in known:
             raise UserError(f"--backends: {name!r} is none of {', '.join(sorted(known))}")
@@ -107,13 +78,15 @@ def run(args: argparse.Namespace) -> int:
     names = {key: _names(OPERATORS[key], key, args) for key in args.operators}
     print(f"\n| {' | '.join(COLUMNS)} |")
     print(f"|{' --- |' * len(COLUMNS)}", flush=True)
+    ceilings = _ceilings() if args.device == "cuda" else None
     correct = True
     for key in args.operators:
         for shape in args.shapes or map(_shape, SHAPES[args.device]):
             for dtype in args.dtypes:
                 entries = _compare(OPERATORS[key], names[key], shape, DTYPES[dtype], args)
                 correct &= all(entry.correct for entry in entries)
-                _print(key, shape, dtype, entries)
+                floor = _floor(OPERATORS[key], shape, entries[0], ceilings)
+                _print(key, shape, dtype, entries, floor)
     return 0 if correct else 1
 
 
@@ -133,10 +106,12 @@ def _names(operator: Operator, key: str, args: argparse.Namespace) -> list[str]:
     """The backends to compare, first the one that the others are measured by."""
     tensors = [x.to(args.device) for x in operator.draw(Shape(1, 1, 8, 1), torch.float32)]
     names = []
-    for name in operator.backends.modules:
+    for name in operator.backends:
         if args.backends and name not in args.backends:
             continue
-        if reason := operator.backends.obstacle(name, *tensors, states=1):
+        if name == "reference" and args.device == "cuda" and not args.backends:
+            continue  # a kernel or more for every token: minutes
+        if reason := operator.obstacle(name, tensors):
             if args.backends:
                 raise UserError(f"--backends: {name!r} cannot be used: {reason}")
             print(f"{key} without {name}: {reason}")
@@ -150,7 +125,9 @@ def _names(operator: Operator, key: str, args: argparse.Namespace) -> list[str]:
 def _machine(device: str) -> str:
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
     if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, {versions}, CUDA {torch.version.cuda}"
+        triton = importlib.metadata.version("triton")
+        name = torch.cuda.get_device_name()
+        return f"{name}, {versions}, CUDA {torch.version.cuda}, Triton {triton}"
     return f"{platform.machine()} CPU, threads: {torch.get_num_threads()}, {versions}"
 
 
@@ -188,7 +165,7 @@ def _compare(
     """Check and time the backends called ``names``."""
     torch.manual_seed(0)
     inputs = [x.to(args.device) for x in operator.draw(shape, dtype)]
-    weights = torch.randn(shape[:3]).to(args.device, dtype)
+    weights = torch.randn(inputs[0].shape).to(args.device, dtype)
 
     def entry(name: str, tensors: Sequence[Tensor]) -> Entry:
         def call(*x: Tensor) -> Tensor:
@@ -196,15 +173,22 @@ def _compare(
 
         return Entry(name, call, list(tensors), weights)
 
-    truth = entry("reference", [x.double() for x in inputs]).run_both()
-    usual = entry("reference", inputs).run_both()
+    # On a GPU the definition would take minutes; the chunked scan agrees with it, as tests show.
+    plain = "reference" if args.device == "cpu" else "torch"
+    truth = entry(plain, [x.double() for x in inputs]).run_both()
+    usual = entry(plain, inputs).run_both()
     entries = [entry(name, inputs) for name in names]
     for current in entries:
         _check(current, truth, usual)
+    del truth, usual
+    calls: list[tuple[Callable[[], object], Callable[[], object]]]
+    calls = [(current.run_forward, current.run_both) for current in entries]
+    if args.device == "cuda" and not args.eager:
+        calls = [(_captured(forward), _captured(both)) for forward, both in calls]
     for _ in range(args.rounds):
-        for current in entries:
-            current.forward.append(_seconds(current.run_forward, args.device))
-            current.both.append(_seconds(current.run_both, args.device))
+        for current, (forward, both) in zip(entries, calls):
+            current.forward.append(_seconds(forward, args.device))
+            current.both.append(_seconds(both, args.device))
     return entries
 
 
@@ -228,6 +212,20 @@ def _check(entry: Entry, truth: Sequence[Tensor], usual: Sequence[Tensor]) -> No
         entry.correct &= error <= 2 * limit + 16 * torch.finfo(torch.float32).eps * largest
 
 
+def _captured(function: Callable[[], object]) -> Callable[[], object]:
+    """A replay of the kernels that the function launches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def _seconds(function: Callable[[], object], device: str) -> float:
     def repeat(times: int) -> float:
         start = time.perf_counter()
@@ -242,8 +240,46 @@ def _seconds(function: Callable[[], object], device: str) -> float:
     return repeat(times) if times > 1 else once
 
 
-def _print(operator: str, shape: Shape, dtype: str, entries: Sequence[Entry]) -> None:
+class Ceilings(NamedTuple):
+    """What the GPU does in a second, as measured."""
+
+    bytes: float
+    exponentials: float
+    products: float  # multiply-adds of 16-bit matrices
+
+
+def _ceilings() -> Ceilings:
+    large = torch.randn(2**28, device="cuda")
+    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    copy = _seconds(_captured(large.clone), "cuda")
+    matmul = _seconds(_captured(lambda: square @ square), "cuda")
+    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    clock = 1e6 * float(subprocess.run(query, capture_output=True, check=True).stdout.split()[0])
+    # 16 a cycle and multiprocessor (CUDA C++ programming guide, arithmetic instructions)
+    exponentials = 16 * clock * torch.cuda.get_device_properties("cuda").multi_processor_count
+    return Ceilings(2 * large.nbytes / copy, exponentials, 8192**3 / matmul)
+
+
+def _floor(
+    operator: Operator, shape: Shape, entry: Entry, ceilings: Ceilings | None
+) -> float | None:
+    """The seconds that forward and backward take at the least."""
+    if ceilings is None:
+        return None
+    # Forward: inputs, result. Backward: inputs, the result's gradient; the inputs' gradients.
+    moved = 3 * sum(x.nbytes for x in entry.inputs) + 2 * entry.weights.nbytes
+    return max(
+        moved / ceilings.bytes,
+        operator.exponentials(shape) / ceilings.exponentials,
+        operator.products(shape) / ceilings.products,
+    )
+
+
+def _print(
+    operator: str, shape: Shape, dtype: str, entries: Sequence[Entry], floor: float | None
+) -> None:
     for entry in entries:
+        share = "-" if floor is None else f"{floor / statistics.median(entry.both):.0%}"
         speeds = (
             statistics.median(a / b for a, b in zip(one, other))
             for one, other in (
@@ -260,6 +296,7 @@ def _print(operator: str, shape: Shape, dtype: str, entries: Sequence[Entry]) ->
             f"{1e3 * statistics.median(entry.both):.3f}",
             "-" if entry.memory is None else f"{entry.memory:.0f}",
             *(f"{speed:.2f} x" for speed in speeds),
+            share,
             f"{entry.error:.1e}" + ("" if entry.correct else " WRONG"),
         )
         print(f"| {' | '.join(cells)} |", flush=True)

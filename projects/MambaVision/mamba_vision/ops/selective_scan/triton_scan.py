@@ -108,8 +108,12 @@ def forward(
     sizes = _Sizes(u, A)
     starts = sizes.chunk_states(u)
     options = {
-        "N": sizes.states, "T": CHUNK, "S": STRIDE, "num_warps": 1,
-        "SOFTPLUS": delta_softplus, "BIAS": delta_bias is not None,
+        "N": sizes.states,
+        "T": CHUNK,
+        "S": STRIDE,
+        "num_warps": 1,
+        "SOFTPLUS": delta_softplus,
+        "BIAS": delta_bias is not None,
     }
     strides = u.stride(1), delta.stride(1), B.stride(1)
     if not u.numel():
@@ -156,8 +160,11 @@ def backward(
     du, ddelta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta))
     dweights = u.new_zeros((sizes.states + 2, sizes.width), dtype=torch.float32)
     options = {
-        "N": sizes.states, "T": CHUNK, "num_warps": 1,
-        "SOFTPLUS": delta_softplus, "BIAS": delta_bias is not None,
+        "N": sizes.states,
+        "T": CHUNK,
+        "num_warps": 1,
+        "SOFTPLUS": delta_softplus,
+        "BIAS": delta_bias is not None,
     }
     if not u.numel():
         return du, ddelta, dweights
