@@ -45,7 +45,7 @@ def compare(judge, names, function, reference, inputs, weights):
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "width", "states"), [(1, 1, 3, 8), (2, 33, 3, 3), (1, 70, 34, 2)]
+    ("batch", "length", "width", "states"), [(1, 1, 3, 3), (1, 33, 2, 2), (2, 9, 33, 1)]
 )
 def test_scan(judge, batch, length, width, states):
     compare(
@@ -86,14 +86,14 @@ def test_conv(judge, batch, length, width):
     )
 
 
-@pytest.mark.parametrize(("batch", "length", "half"), [(1, 1, 3), (2, 37, 6)])
+@pytest.mark.parametrize(("batch", "length", "half"), [(1, 34, 3)])
 def test_inner(judge, draw_inner, batch, length, half):
     compare(
         judge,
         INNER,
         triton_inner.run,
         functools.partial(mamba_inner, scan_backend="reference", conv_backend="reference"),
-        draw_inner(batch, length, half, states=4),
+        draw_inner(batch, length, half, states=2),
         torch.randn(batch, length, 2 * half),
     )
 
@@ -145,7 +145,7 @@ def test_a_window_stage_compiles_whole(monkeypatch):
     monkeypatch.setattr(triton_support, "obstacle", lambda *_, **__: None)
     monkeypatch.setattr(triton_conv1d, "obstacle", lambda *_, **__: None)
     stage = window_stage(16)
-    x = torch.randn(1, 16, 5, 7, device=DEVICE)
+    x = torch.randn(1, 16, 3, 4, device=DEVICE)
 
     def outcome(function):
         stage.zero_grad()

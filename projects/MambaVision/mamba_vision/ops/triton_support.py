@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-__all__ = ["DTYPES", "copy", "obstacle", "on_device_of", "rows"]
+__all__ = ["DTYPES", "copy", "define", "obstacle", "on_device_of", "rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,36 @@ def rows(x: Tensor) -> Tensor:
     together = width == 1 or x.stride(2) == 1
     constant = batch == 1 or x.stride(0) == length * x.stride(1)
     return x if together and constant else x.contiguous()
+
+
+def define(
+    name: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    gradients: Callable[..., Any] | None = None,
+    keep: Callable[..., None] | None = None,
+) -> Callable[..., Any]:
+    """Make a function of tensors an operator of PyTorch, opaque to autograd and to the compiler.
+
+    As ``torch.library.custom_op`` does, but without what that checks at every call, which takes
+    longer than launching a kernel: the function must return tensors of its own.
+
+    Args:
+        name: of the operator, in the namespace ``mamba_vision``.
+        function: its annotations give the schema.
+        fake: the same, from empty tensors to empty tensors.
+        gradients, keep: ``backward`` and ``setup_context`` of ``torch.library.register_autograd``.
+
+    Returns:
+        The operator.
+    """
+    full = f"mamba_vision::{name}"
+    torch.library.define(full, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(full, "default", function)
+    torch.library.register_fake(full, fake)
+    if gradients is not None:
+        torch.library.register_autograd(full, gradients, setup_context=keep)
+    return getattr(torch.ops.mamba_vision, name).default
 
 
 def copy(x: Tensor, *, like: Tensor) -> Tensor:

@@ -26,12 +26,11 @@ def run(x: Tensor, weight: Tensor) -> Tensor:
     return _convolution(x, weight)
 
 
-def _launch(kernel, outputs: Sequence[Tensor], *arguments) -> None:
-    """Run a kernel on both halves, or the one that there is."""
-    batch, length, width = outputs[0].shape
-    grid = (batch * triton.cdiv(length, CHUNK), len(outputs) * triton.cdiv(width, CHANNELS))
-    with support.on_device_of(outputs[0]):
-        kernel[grid](*arguments, T=CHUNK, S=STRIDE, CHANNELS=CHANNELS, num_warps=1)
+def _launch(kernel, x: Tensor, *arguments) -> None:
+    batch, length, width = x.shape
+    grid = (batch * triton.cdiv(length, CHUNK), triton.cdiv(width, CHANNELS))
+    with support.on_device_of(x):
+        kernel[grid](x, *arguments, T=CHUNK, S=STRIDE, CHANNELS=CHANNELS, num_warps=1)
 
 
 def forward(x: Tensor, weights: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -43,12 +42,11 @@ def forward(x: Tensor, weights: Sequence[Tensor], outputs: Sequence[Tensor]) -> 
         outputs: for each half (B, L, D); filled. They and x as
             :func:`~mamba_vision.ops.triton_support.rows` has them.
     """
-    _, length, width = outputs[0].shape
     first, last = outputs[0], outputs[-1]
     if x.numel():
         _launch(
-            kernels.convolve, outputs, x, weights[0], weights[-1], first, last,
-            length, width, x.stride(1), first.stride(1), last.stride(1),
+            kernels.convolve, x, weights[0], weights[-1], first, last,
+            x.shape[1], first.shape[2], x.shape[2], x.stride(1), first.stride(1), last.stride(1),
         )  # fmt: skip
 
 
@@ -58,42 +56,39 @@ def backward(
     """Gradients of :func:`forward`, for those of the outputs.
 
     Returns:
-        dx like x, contiguous, and the gradients of the weights, (halves, D, 3) float32.
+        dx like x, contiguous, and the gradients of the weights below each other,
+        (halves * D, 3) float32.
     """
-    batch, length, width = douts[0].shape
+    batch, length, width = x.shape
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dweight = x.new_zeros((len(douts), 3 * width), dtype=torch.float32)
+    dweight = x.new_zeros((3, width), dtype=torch.float32)
     if x.numel():
         parts = dweight.new_empty(batch * triton.cdiv(length, CHUNK), *dweight.shape)
         first, last = douts[0], douts[-1]
         _launch(
-            kernels.convolve_back, douts, x, weights[0], weights[-1], first, last, dx, parts,
-            length, width, x.stride(1), first.stride(1), last.stride(1), dx.stride(1),
+            kernels.convolve_back, x, weights[0], weights[-1], first, last, dx, parts,
+            length, first.shape[2], width, *(y.stride(1) for y in (x, first, last, dx)),
         )  # fmt: skip
         sum_parts(parts, dweight)
-    return dx, dweight.unflatten(1, (3, width)).transpose(1, 2)
+    return dx, dweight.t()
 
 
-@torch.library.custom_op("mamba_vision::depthwise_conv1d_silu", mutates_args=())
-def _convolution(x: Tensor, weight: Tensor) -> Tensor:
+def _convolution_now(x: Tensor, weight: Tensor) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     forward(support.rows(x), [weight.contiguous()], [y])
     return y
 
 
-@_convolution.register_fake
-def _(x, weight):
+def _convolution_fake(x, weight):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("mamba_vision::depthwise_conv1d_silu_backward", mutates_args=())
-def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _convolution_backward_now(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     dx, dweight = backward(support.rows(x), [weight.contiguous()], [support.rows(dy)])
-    return dx, support.copy(dweight[0], like=weight)
+    return dx, support.copy(dweight, like=weight)
 
 
-@_convolution_backward.register_fake
-def _(dy, x, weight):
+def _convolution_backward_fake(dy, x, weight):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
@@ -105,4 +100,9 @@ def _gradients(ctx, dy):
     return _convolution_backward(dy, *ctx.saved_tensors)
 
 
-_convolution.register_autograd(_gradients, setup_context=_keep)
+_convolution_backward = support.define(
+    "depthwise_conv1d_silu_backward", _convolution_backward_now, _convolution_backward_fake
+)
+_convolution = support.define(
+    "depthwise_conv1d_silu", _convolution_now, _convolution_fake, _gradients, _keep
+)

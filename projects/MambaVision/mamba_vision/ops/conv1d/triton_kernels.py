@@ -18,29 +18,36 @@ def _load(pointers, t, stride, L, inside):
 
 
 @triton.jit
-def _weight(weight, i: tl.constexpr, columns, inside):
-    """w_i of (D, 3)."""
-    return tl.load(weight + columns * 3 + i, mask=inside, other=0.0).to(tl.float32)
+def _half(first, second, D, columns):
+    """For each column of both halves the first numbers or the second."""
+    return tl.where(columns < D, first, second)
+
+
+@triton.jit
+def _weights(weight_1, weight_2, D, columns, inside):
+    """w_0, w_1 and w_2 of (D, 3)."""
+    weight = _half(weight_1 + columns * 3, weight_2 + (columns - D) * 3, D, columns)
+    w_0 = tl.load(weight, mask=inside, other=0.0).to(tl.float32)
+    w_1 = tl.load(weight + 1, mask=inside, other=0.0).to(tl.float32)
+    w_2 = tl.load(weight + 2, mask=inside, other=0.0).to(tl.float32)
+    return w_0, w_1, w_2
 
 
 @triton.jit
 def convolve(
-    x, weight_1, weight_2, y_1, y_2, L, D, x_row, y_1_row, y_2_row,
+    x, weight_1, weight_2, y_1, y_2, L, D, WIDTH, x_row, y_1_row, y_2_row,
     T: tl.constexpr, S: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y_1 and y_2 (B, L, D) from the halves of x."""
-    blocks, chunks = tl.cdiv(D, CHANNELS), tl.cdiv(L, T)
+    """y_1 and y_2 (B, L, D) from the halves of x (B, L, WIDTH)."""
+    chunks = tl.cdiv(L, T)
     batch, start = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks * T
-    half = tl.program_id(1) // blocks
-    weight, y, y_row = weight_1, y_1, y_1_row
-    if half == 1:
-        weight, y, y_row = weight_2, y_2, y_2_row
-    columns = (tl.program_id(1) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = columns < D
-    w_0, w_1 = _weight(weight, 0, columns, inside), _weight(weight, 1, columns, inside)
-    w_2 = _weight(weight, 2, columns, inside)
-    x += batch * L * x_row + half * D + columns
-    y += batch * L * y_row + columns
+    columns = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = columns < WIDTH
+    w_0, w_1, w_2 = _weights(weight_1, weight_2, D, columns, inside)
+    first = batch * L
+    x += first * x_row + columns
+    y = _half(y_1 + first * y_1_row + columns, y_2 + first * y_2_row + columns - D, D, columns)
+    y_row = _half(y_1_row, y_2_row, D, columns)
     before, here = _load(x, start - 1, x_row, L, inside), _load(x, start, x_row, L, inside)
     for s in range(T // S):
         for i in tl.static_range(S):
@@ -61,23 +68,19 @@ def _before_silu(dy, sums):
 
 @triton.jit
 def convolve_back(
-    x, weight_1, weight_2, dy_1, dy_2, dx, dweight, L, D, x_row, dy_1_row, dy_2_row, dx_row,
+    x, weight_1, weight_2, dy_1, dy_2, dx, dweight, L, D, WIDTH, x_row, dy_1_row, dy_2_row, dx_row,
     T: tl.constexpr, S: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dx like x, and parts of the sums over tokens, dweight (B * chunks, halves, 3, D)."""
-    blocks, chunks = tl.cdiv(D, CHANNELS), tl.cdiv(L, T)
+    """dx like x, and parts of the sums over tokens, dweight (B * chunks, 3, WIDTH)."""
+    chunks = tl.cdiv(L, T)
     batch, start = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks * T
-    half = tl.program_id(1) // blocks
-    weight, dy, dy_row = weight_1, dy_1, dy_1_row
-    if half == 1:
-        weight, dy, dy_row = weight_2, dy_2, dy_2_row
-    columns = (tl.program_id(1) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = columns < D
-    w_0, w_1 = _weight(weight, 0, columns, inside), _weight(weight, 1, columns, inside)
-    w_2 = _weight(weight, 2, columns, inside)
-    x += batch * L * x_row + half * D + columns
-    dx += batch * L * dx_row + half * D + columns
-    dy += batch * L * dy_row + columns
+    columns = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = columns < WIDTH
+    w_0, w_1, w_2 = _weights(weight_1, weight_2, D, columns, inside)
+    first = batch * L
+    x, dx = x + first * x_row + columns, dx + first * dx_row + columns
+    dy = _half(dy_1 + first * dy_1_row + columns, dy_2 + first * dy_2_row + columns - D, D, columns)
+    dy_row = _half(dy_1_row, dy_2_row, D, columns)
     x_0, x_1 = _load(x, start - 2, x_row, L, inside), _load(x, start - 1, x_row, L, inside)
     x_2, x_3 = _load(x, start, x_row, L, inside), _load(x, start + 1, x_row, L, inside)
     dy_t = _load(dy, start - 1, dy_row, L, inside)
@@ -99,8 +102,7 @@ def convolve_back(
             dw_2 += middle * x_3
             x_1, x_2, x_3 = x_2, x_3, x_4
             left, middle = middle, right
-    halves = tl.num_programs(1) // blocks
-    dweight += (tl.program_id(0).to(tl.int64) * halves + half) * 3 * D + columns
+    dweight += tl.program_id(0).to(tl.int64) * 3 * WIDTH + columns
     tl.store(dweight, dw_0, mask=inside)
-    tl.store(dweight + D, dw_1, mask=inside)
-    tl.store(dweight + 2 * D, dw_2, mask=inside)
+    tl.store(dweight + WIDTH, dw_1, mask=inside)
+    tl.store(dweight + 2 * WIDTH, dw_2, mask=inside)

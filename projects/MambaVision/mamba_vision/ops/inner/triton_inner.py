@@ -45,8 +45,7 @@ def _split(projected: Tensor, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Ten
     return projected[:, :rank], tokens[..., rank : rank + states], tokens[..., rank + states :]
 
 
-@torch.library.custom_op("mamba_vision::mamba_inner", mutates_args=())
-def _inner(
+def _inner_now(
     xz: Tensor,
     conv_x: Tensor,
     conv_z: Tensor,
@@ -71,15 +70,13 @@ def _inner(
     return out, x, projected, delta, starts
 
 
-@_inner.register_fake
-def _(xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A, D):
+def _inner_fake(xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A, D):
     x = xz.new_empty(*xz.shape[:2], xz.shape[-1] // 2)
     starts = scan.chunk_states(x, A)
     return xz.new_empty(xz.shape), x, _aligned(x, len(x_proj)), torch.empty_like(x), starts
 
 
-@torch.library.custom_op("mamba_vision::mamba_inner_backward", mutates_args=())
-def _inner_backward(
+def _inner_backward_now(
     dout: Tensor,
     xz: Tensor,
     conv_x: Tensor,
@@ -112,8 +109,8 @@ def _inner_backward(
     dxz, dconv = conv.backward(xz, weights, [dx, dout[..., half:]])
     return (
         dxz,
-        support.copy(dconv[0], like=conv_x),
-        support.copy(dconv[1], like=conv_z),
+        support.copy(dconv[:half], like=conv_x),
+        support.copy(dconv[half:], like=conv_z),
         (dprojected.t() @ tokens).to(x_proj.dtype),
         ddt_proj,
         (2 * dweights[states + 1]).to(dt_bias.dtype),
@@ -122,8 +119,9 @@ def _inner_backward(
     )
 
 
-@_inner_backward.register_fake
-def _(dout, xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A, D, x, projected, delta, starts):
+def _inner_backward_fake(
+    dout, xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A, D, x, projected, delta, starts
+):
     inputs = (xz, conv_x, conv_z, x_proj, dt_proj, dt_bias, A, D)
     return tuple(t.new_empty(t.shape) for t in inputs)
 
@@ -142,4 +140,5 @@ def _gradients(ctx, dout, *_):
         return _inner_backward(dout, *ctx.saved_tensors)
 
 
-_inner.register_autograd(_gradients, setup_context=_keep)
+_inner_backward = support.define("mamba_inner_backward", _inner_backward_now, _inner_backward_fake)
+_inner = support.define("mamba_inner", _inner_now, _inner_fake, _gradients, _keep)

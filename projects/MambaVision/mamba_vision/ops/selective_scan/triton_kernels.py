@@ -164,44 +164,37 @@ def scan_chunks(
 
 
 @triton.jit
-def _then(decay, state, later_decay, later_state):
-    return later_decay * decay, later_decay * state + later_state
-
-
-@triton.jit
 def join_chunks(
     states, totals, A, D, K,
-    N: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr, REVERSE: tl.constexpr,
+    N: tl.constexpr, CHUNKS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Turn what chunks leave when they start from zero into what enters them, in place.
 
     states (B, K, N, D): for each chunk what the one before it left, "before" being to the right if
-    REVERSE. A state decays over a chunk by exp(A * total). The first chunk's becomes zero.
+    REVERSE. A state decays over a chunk by exp(A * total). The first chunk's becomes zero. CHUNKS
+    of them are loaded together.
     """
-    blocks = tl.cdiv(D, CHANNELS)
-    row = tl.program_id(0) // blocks
-    batch, n = (row // N).to(tl.int64), row % N
-    columns = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    batch, n = (tl.program_id(0) // N).to(tl.int64), tl.program_id(0) % N
+    columns = tl.program_id(1) * 32 + tl.arange(0, 32)
     inside = columns < D
     rates = tl.load(A + columns * N + n, mask=inside, other=0.0).to(tl.float32) * LOG2E
-    states += batch * K * N * D + n * D
-    totals += batch * K * D
-    carry = tl.zeros(columns.shape, tl.float32)
+    states += batch * K * N * D + n * D + columns
+    totals += batch * K * D + columns
+    entering = tl.zeros(columns.shape, tl.float32)
     first = 0
     while first < K:
-        place = first + tl.arange(0, CHUNKS)
-        before = place - 1
-        if REVERSE:
-            place, before = K - 1 - place, K - place
-        known = ((place >= 0) & (place < K) & (before >= 0) & (before < K))[:, None] & inside
-        total = tl.load(totals + before[:, None] * D + columns, mask=known, other=0.0)
-        left = tl.load(states + place[:, None] * N * D + columns, mask=known, other=0.0)
-        decay, state = tl.associative_scan((tl.exp2(rates * total), left), 0, _then)
-        state += decay * carry
-        within = ((place >= 0) & (place < K))[:, None] & inside
-        tl.store(states + place[:, None] * N * D + columns, state, mask=within)
-        last = tl.arange(0, CHUNKS)[:, None] == CHUNKS - 1
-        carry = tl.sum(tl.where(last, state, 0.0), axis=0)
+        decays, ends = (), ()
+        for i in tl.static_range(CHUNKS):
+            place, before = first + i, first + i - 1
+            if REVERSE:
+                place, before = K - 1 - place, K - 1 - before
+            known = inside & (first + i < K) & (first + i > 0)
+            decays += (tl.exp2(rates * tl.load(totals + before * D, mask=known, other=0.0)),)
+            ends += (tl.load(states + place * N * D, mask=known, other=0.0),)
+        for i in tl.static_range(CHUNKS):
+            place = K - 1 - first - i if REVERSE else first + i
+            entering = decays[i] * entering + ends[i]
+            tl.store(states + place * N * D, entering, mask=inside & (first + i < K))
         first += CHUNKS
 
 

@@ -20,6 +20,7 @@ MAX_STATE = 16
 CHUNK = 32  # tokens; shorter ones mean more chunk states, longer ones fewer programs
 STRIDE = 8  # of them whose loads are in flight together
 STRIDE_BACK = 4  # of them whose states the backward pass holds in registers
+REGISTERS = 128  # that it may take, so that enough programs share a multiprocessor
 LANES = 32  # channels of a program
 
 
@@ -70,10 +71,9 @@ class _Sizes:
         return u.new_empty((self.batch, self.chunks, self.width), dtype=torch.float32)
 
     def join(self, states: Tensor, totals: Tensor, A: Tensor, *, reverse: bool) -> None:
-        rows, channels, warps = (512, 16, 8) if self.chunks > 64 else (64, 32, 4)
-        kernels.join_chunks[(self.batch * self.states * triton.cdiv(self.width, channels),)](
+        kernels.join_chunks[self.batch * self.states, self.blocks](
             states, totals, A, self.width, self.chunks,
-            N=self.states, CHUNKS=rows, CHANNELS=channels, REVERSE=reverse, num_warps=warps,
+            N=self.states, CHUNKS=8 if self.chunks <= 8 else 64, REVERSE=reverse, num_warps=1,
         )  # fmt: skip
 
 
@@ -183,15 +183,14 @@ def backward(
             u, delta, A, B, C, D, delta_bias, dy, starts, carries, du, ddelta, BC_parts, parts,
             *sizes.scalars, u.stride(1), delta.stride(1), B.stride(1), dy.stride(1),
             S=STRIDE_BACK, COUNT=triton.next_power_of_2(2 * sizes.states),
-            SKIP=D is not None, **options,
+            SKIP=D is not None, maxnreg=REGISTERS, **options,
         )  # fmt: skip
     sum_parts(BC_parts, dBC)
     sum_parts(parts, dweights)
     return du, ddelta, dweights
 
 
-@torch.library.custom_op("mamba_vision::selective_scan", mutates_args=())
-def _scan(
+def _scan_now(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -206,14 +205,12 @@ def _scan(
     return y, forward(*_laid_out(u, delta, A, B, C, D, delta_bias), delta_softplus, y)
 
 
-@_scan.register_fake
-def _(u, delta, A, B, C, D, delta_bias, delta_softplus):
+def _scan_fake(u, delta, A, B, C, D, delta_bias, delta_softplus):
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     return y, chunk_states(u, A)
 
 
-@torch.library.custom_op("mamba_vision::selective_scan_backward", mutates_args=())
-def _scan_backward(
+def _scan_backward_now(
     dy: Tensor,
     u: Tensor,
     delta: Tensor,
@@ -240,8 +237,7 @@ def _scan_backward(
     return du, ddelta, dA, dB, dC, dD, dbias
 
 
-@_scan_backward.register_fake
-def _(dy, u, delta, A, B, C, D, delta_bias, starts, delta_softplus):
+def _scan_backward_fake(dy, u, delta, A, B, C, D, delta_bias, starts, delta_softplus):
     vectors = (A[:, 0] if x is None else x for x in (D, delta_bias))
     return tuple(x.new_empty(x.shape) for x in (u, delta, A, B, C, *vectors))
 
@@ -272,4 +268,5 @@ def _gradients(ctx, dy, _):
     return *(None if x is None else dx for x, dx in zip(tensors, grads)), None
 
 
-_scan.register_autograd(_gradients, setup_context=_keep)
+_scan_backward = support.define("selective_scan_backward", _scan_backward_now, _scan_backward_fake)
+_scan = support.define("selective_scan", _scan_now, _scan_fake, _gradients, _keep)
