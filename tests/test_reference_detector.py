@@ -14,6 +14,7 @@ import pytest
 import torch
 from detectron2.config import instantiate
 from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.postprocessing import detector_postprocess
 from torchvision.ops import box_iou
 
 from mamba_vision import MambaVisionCheckpointer, model_zoo
@@ -52,8 +53,15 @@ def run(model, folder):
     backbone = model.backbone.bottom_up(images.tensor)
     fpn = model.backbone(images.tensor)
     proposals, _ = model.proposal_generator(images, fpn)
-    detections, _ = model.roi_heads(images, fpn, proposals)
-    detections = model._postprocess(detections, inputs, images.image_sizes)
+    found, _ = model.roi_heads(images, fpn, proposals)
+    detections = model._postprocess(found, inputs, images.image_sizes)
+    low, high = (
+        [
+            detector_postprocess(f, i["height"], i["width"], 0.5 + margin).pred_masks.cpu()
+            for f, i in zip(found, inputs)
+        ]
+        for margin in (-SCORES, SCORES)
+    )
     return {
         "backbone": [backbone[name].float().cpu() for name in ("res2", "res3", "res4", "res5")],
         "fpn": [fpn[name].float().cpu() for name in ("p2", "p3", "p4", "p5", "p6")],
@@ -71,8 +79,9 @@ def run(model, folder):
                 "scores": d["instances"].scores.float().cpu(),
                 "labels": d["instances"].pred_classes.cpu(),
                 "masks": d["instances"].pred_masks.cpu(),
+                "unsure": below & ~above,
             }
-            for d in detections
+            for d, below, above in zip(detections, low, high)
         ],
     }
 
@@ -105,8 +114,12 @@ def mask_iou(actual, packed):
     return torch.where(union == 0, 1.0, (actual & expected).sum(dim=(1, 2)) / union)
 
 
-def deviations(actual, expected):
-    """Everything in which the two are not the same, one line each."""
+def deviations(actual, expected, unsure=False):
+    """Everything in which the two are not the same, one line each.
+
+    With ``unsure``, pixels whose probability is within SCORES of the threshold of masks may fall on
+    either side of it.
+    """
     found = []
     for kind in ("backbone", "fpn"):
         for level, (ours, theirs) in enumerate(zip(actual[kind], expected[kind], strict=True)):
@@ -129,7 +142,12 @@ def deviations(actual, expected):
         if alone := (partners < 0).sum():
             found.append(f"image {image}: {alone} objects not found")
         paired = partners >= 0
-        iou = mask_iou(ours["masks"][partners[paired]], theirs["masks"][paired])
+        masks, packed = ours["masks"][partners[paired]], theirs["masks"][paired]
+        if unsure:
+            wanted = np.unpackbits(packed.numpy(), axis=2, count=masks.shape[2])
+            free = ours["unsure"][partners[paired]]
+            masks = torch.where(free, torch.from_numpy(wanted).bool(), masks)
+        iou = mask_iou(masks, packed)
         if (iou <= MASKS).any():
             found.append(f"image {image}: masks that overlap by {iou.min():.3f}")
     return found
@@ -152,10 +170,10 @@ def test_same_as_mmdetection():
 
 @pytest.mark.cuda
 @pytest.mark.usefixtures("exact_float32")
-@pytest.mark.parametrize("scan_backend", ["mamba_ssm", "torch"])
+@pytest.mark.parametrize("scan_backend", ["mamba_ssm", "torch", "triton"])
 def test_same_as_mmdetection_on_a_gpu(scan_backend):
     model = build(FOLDER, scan_backend=scan_backend).cuda()
-    assert deviations(run(model, FOLDER), load_expected(FOLDER)) == []
+    assert deviations(run(model, FOLDER), load_expected(FOLDER), unsure=True) == []
 
 
 # Half precision moves the maps by a few of its own roundings (2**-11 and 2**-8). The heads'

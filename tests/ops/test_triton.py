@@ -86,7 +86,7 @@ def test_conv(judge, batch, length, width):
     )
 
 
-@pytest.mark.parametrize(("batch", "length", "half"), [(1, 34, 3)])
+@pytest.mark.parametrize(("batch", "length", "half"), [(2, 1, 3), (1, 34, 3)])
 def test_inner(judge, draw_inner, batch, length, half):
     compare(
         judge,

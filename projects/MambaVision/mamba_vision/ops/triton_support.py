@@ -59,8 +59,13 @@ def rows(x: Tensor) -> Tensor:
     """
     batch, length, width = x.shape
     together = width == 1 or x.stride(2) == 1
-    constant = batch == 1 or x.stride(0) == length * x.stride(1)
+    constant = batch == 1 or length == 1 or x.stride(0) == length * x.stride(1)
     return x if together and constant else x.contiguous()
+
+
+def distance(x: Tensor) -> int:
+    """From a token to the next one, in numbers, for ``x`` as from :func:`rows`."""
+    return x.stride(1 if x.shape[1] > 1 else 0)
 
 
 def define(

@@ -46,7 +46,7 @@ def forward(x: Tensor, weights: Sequence[Tensor], outputs: Sequence[Tensor]) -> 
     if x.numel():
         _launch(
             kernels.convolve, x, weights[0], weights[-1], first, last,
-            x.shape[1], first.shape[2], x.shape[2], x.stride(1), first.stride(1), last.stride(1),
+            x.shape[1], first.shape[2], x.shape[2], *map(support.distance, (x, first, last)),
         )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def backward(
         first, last = douts[0], douts[-1]
         _launch(
             kernels.convolve_back, x, weights[0], weights[-1], first, last, dx, parts,
-            length, first.shape[2], width, *(y.stride(1) for y in (x, first, last, dx)),
+            length, first.shape[2], width, *map(support.distance, (x, first, last, dx)),
         )  # fmt: skip
         sum_parts(parts, dweight)
     return dx, dweight.t()

@@ -330,34 +330,35 @@ def scan_gradients(
     dbias = tl.zeros(columns.shape, tl.float32)
     for half in range(1, -1, -1):
         middle = _load_state(starts + program * N * D, columns, D, N)
-        for j in range(half * (T // 2 // S)):
+        for j in range(half * (T // 2 // 2)):
             middle = _run(
-                middle, j * S, rates, shift, u, delta, BC, left, inside, u_row, delta_row, BC_row,
-                S, N, SOFTPLUS,
+                middle, j * 2, rates, shift, u, delta, BC, left, inside, u_row, delta_row, BC_row,
+                2, N, SOFTPLUS,
             )  # fmt: skip
         for s in range(T // 2 // S - 1, -1, -1):
             state = middle
-            for j in range(s):
-                t = half * (T // 2) + j * S
+            for j in range(s * (S // 2)):
+                t = half * (T // 2) + j * 2
                 state = _run(
                     state, t, rates, shift, u, delta, BC, left, inside, u_row, delta_row, BC_row,
-                    S, N, SOFTPLUS,
+                    2, N, SOFTPLUS,
                 )  # fmt: skip
             start = half * (T // 2) + s * S
-            states = (state,)  # before each of the S tokens
-            for i in tl.static_range(S - 1):
-                state = _run(
-                    state, start + i, rates, shift, u, delta, BC, left, inside, u_row, delta_row,
-                    BC_row, 1, N, SOFTPLUS,
-                )  # fmt: skip
+            steps, us, BCs, states = (), (), (), ()  # of S tokens; the states before each
+            for i in tl.static_range(S):
+                t = tl.minimum(start + i, left - 1)
+                here = inside & (start + i < left)
+                steps += (_step_size(_row(delta, t, delta_row) + shift, here, SOFTPLUS),)
+                us += (_row(u, t, u_row),)
+                BCs += (_row(BC, t, BC_row),)
                 states += (state,)
+                if i + 1 < S:
+                    state = _advance(state, rates, steps[i], steps[i] * us[i], BCs[i], N)
             for i in tl.static_range(S - 1, -1, -1):
                 t = tl.minimum(start + i, left - 1)
                 here = inside & (start + i < left)
-                raw = _row(delta, t, delta_row) + shift
-                step = _step_size(raw, here, SOFTPLUS)
-                u_t, dy_t = _row(u, t, u_row), tl.where(here, _row(dy, t, dy_row), 0.0)
-                weights = _row(BC, t, BC_row)
+                step, u_t, weights = steps[i], us[i], BCs[i]
+                dy_t = tl.where(here, _row(dy, t, dy_row), 0.0)
                 drive = step * u_t
                 ddrive = tl.zeros(columns.shape, tl.float32)
                 dstep = tl.zeros(columns.shape, tl.float32)
@@ -378,7 +379,7 @@ def scan_gradients(
                 tl.store(dBC + t * (2 * N), sums, mask=one_of & (start + i < left))
                 dstep = dstep * LN2 + ddrive * u_t
                 if SOFTPLUS:
-                    dstep *= _sigmoid(raw)
+                    dstep *= _sigmoid(_row(delta, t, delta_row) + shift)
                 du_t = ddrive * step + through * dy_t
                 tl.store(ddelta + t * D, dstep.to(ddelta.dtype.element_ty), mask=here)
                 tl.store(du + t * D, du_t.to(du.dtype.element_ty), mask=here)

@@ -115,18 +115,18 @@ def forward(
         "SOFTPLUS": delta_softplus,
         "BIAS": delta_bias is not None,
     }
-    strides = u.stride(1), delta.stride(1), B.stride(1)
+    rows = tuple(map(support.distance, (u, delta, B)))
     if not u.numel():
         return starts
     with support.on_device_of(u):
         if sizes.chunks > 1:
             totals = sizes.totals(u)
             kernels.scan_chunks[sizes.grid(sizes.chunks - 1)](
-                u, delta, A, B, C, delta_bias, starts, totals, *sizes.scalars, *strides, **options
+                u, delta, A, B, C, delta_bias, starts, totals, *sizes.scalars, *rows, **options
             )
             sizes.join(starts, totals, A, reverse=False)
         kernels.scan_outputs[sizes.grid(sizes.chunks)](
-            u, delta, A, B, C, D, delta_bias, starts, y, *sizes.scalars, *strides, y.stride(1),
+            u, delta, A, B, C, D, delta_bias, starts, y, *sizes.scalars, *rows, support.distance(y),
             SKIP=D is not None, **options,
         )  # fmt: skip
     return starts
@@ -168,6 +168,7 @@ def backward(
     }
     if not u.numel():
         return du, ddelta, dweights
+    rows = tuple(map(support.distance, (u, delta, B, dy)))
     carries = sizes.chunk_states(u)
     BC_parts = carries.new_empty(sizes.blocks, *dBC.shape)
     parts = carries.new_empty(sizes.batch * sizes.chunks, *dweights.shape)
@@ -176,12 +177,12 @@ def backward(
             totals = sizes.totals(u)
             kernels.scan_chunks_back[sizes.grid(sizes.chunks - 1)](
                 delta, A, B, C, delta_bias, dy, carries, totals, *sizes.scalars,
-                delta.stride(1), B.stride(1), dy.stride(1), S=STRIDE, **options,
+                *rows[1:], S=STRIDE, **options,
             )  # fmt: skip
             sizes.join(carries, totals, A, reverse=True)
         kernels.scan_gradients[sizes.grid(sizes.chunks)](
             u, delta, A, B, C, D, delta_bias, dy, starts, carries, du, ddelta, BC_parts, parts,
-            *sizes.scalars, u.stride(1), delta.stride(1), B.stride(1), dy.stride(1),
+            *sizes.scalars, *rows,
             S=STRIDE_BACK, COUNT=triton.next_power_of_2(2 * sizes.states),
             SKIP=D is not None, maxnreg=REGISTERS, **options,
         )  # fmt: skip
@@ -248,7 +249,7 @@ def _laid_out(
     """The tensors as the kernels want them."""
     u, delta, B, C = (support.rows(x) for x in (u, delta, B, C))
     D, delta_bias = (None if x is None else x.contiguous() for x in (D, delta_bias))
-    if B.dtype != C.dtype or B.stride(1) != C.stride(1):
+    if B.dtype != C.dtype or support.distance(B) != support.distance(C):
         B, C = (x.float().contiguous() for x in (B, C))
     return u, delta, A.contiguous(), B, C, D, delta_bias
 
