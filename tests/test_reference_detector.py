@@ -121,7 +121,7 @@ def mask_iou(actual, unsure, packed):
 def deviations(actual, expected):
     """Everything in which the two are not the same, one line each.
 
-    A pixel whose probability is within SCORES of the masks' threshold may fall on either side of it:
+    A pixel whose probability is within SCORES of the masks' threshold may fall on either side:
     small masks have so few pixels that a last digit decides.
     """
     found = []
