@@ -164,6 +164,11 @@ def scan_chunks(
 
 
 @triton.jit
+def _then(decay, state, later_decay, later_state):
+    return later_decay * decay, later_decay * state + later_state
+
+
+@triton.jit
 def join_chunks(
     states, totals, A, D, K,
     N: tl.constexpr, CHUNKS: tl.constexpr, REVERSE: tl.constexpr,
@@ -172,29 +177,29 @@ def join_chunks(
 
     states (B, K, N, D): for each chunk what the one before it left, "before" being to the right if
     REVERSE. A state decays over a chunk by exp(A * total). The first chunk's becomes zero. CHUNKS
-    of them are loaded together.
+    of them are taken at a time, each lane going through those of its channel.
     """
     batch, n = (tl.program_id(0) // N).to(tl.int64), tl.program_id(0) % N
     columns = tl.program_id(1) * 32 + tl.arange(0, 32)
     inside = columns < D
     rates = tl.load(A + columns * N + n, mask=inside, other=0.0).to(tl.float32) * LOG2E
-    states += batch * K * N * D + n * D + columns
-    totals += batch * K * D + columns
+    states += batch * K * N * D + n * D
+    totals += batch * K * D
     entering = tl.zeros(columns.shape, tl.float32)
     first = 0
     while first < K:
-        decays, ends = (), ()
-        for i in tl.static_range(CHUNKS):
-            place, before = first + i, first + i - 1
-            if REVERSE:
-                place, before = K - 1 - place, K - 1 - before
-            known = inside & (first + i < K) & (first + i > 0)
-            decays += (tl.exp2(rates * tl.load(totals + before * D, mask=known, other=0.0)),)
-            ends += (tl.load(states + place * N * D, mask=known, other=0.0),)
-        for i in tl.static_range(CHUNKS):
-            place = K - 1 - first - i if REVERSE else first + i
-            entering = decays[i] * entering + ends[i]
-            tl.store(states + place * N * D, entering, mask=inside & (first + i < K))
+        turn = first + tl.arange(0, CHUNKS)[:, None]
+        place, before = turn, turn - 1
+        if REVERSE:
+            place, before = K - 1 - turn, K - turn
+        known = inside & (turn < K) & (turn > 0)
+        total = tl.load(totals + before * D + columns, mask=known, other=0.0)
+        left = tl.load(states + place * N * D + columns, mask=known, other=0.0)
+        decay, state = tl.associative_scan((tl.exp2(rates * total), left), 0, _then)
+        state += decay * entering
+        tl.store(states + place * N * D + columns, state, mask=inside & (turn < K))
+        last = tl.arange(0, CHUNKS)[:, None] == CHUNKS - 1
+        entering = tl.sum(tl.where(last, state, 0.0), axis=0)
         first += CHUNKS
 
 
