@@ -135,6 +135,13 @@ def test_another_backbone_is_refused():
         analyze(model)
 
 
+def test_a_one_stage_detector_is_refused():
+    model = detectron2_zoo.get_config("common/models/retinanet.py").model
+    model.backbone.bottom_up = model_zoo.get_config(NANO).model.backbone.bottom_up
+    with pytest.raises(UserError, match=r"model\.proposal_generator is missing"):
+        analyze(model)
+
+
 def test_a_size_that_does_not_fit_is_refused():
     with pytest.raises(UserError, match="100 x 128 pixels, not multiples of 32"):
         analyze(model_zoo.get_config(NANO).model, (100, 128))

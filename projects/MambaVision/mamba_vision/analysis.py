@@ -113,10 +113,13 @@ def analyze(
 
 def _check_kind(model: DictConfig) -> None:
     target = OmegaConf.select(model, "backbone.bottom_up._target_")
-    if target is None or (locate(target) if isinstance(target, str) else target) is not MambaVision:
+    if (locate(target) if isinstance(target, str) else target) is not MambaVision:
         raise UserError(
             "model.backbone.bottom_up is not a MambaVision; give the config of a detector with one"
         )
+    for part in ("proposal_generator", "roi_heads"):
+        if part not in model:
+            raise UserError(f"model.{part} is missing; give the config of a two-stage detector")
 
 
 def _stages(heads: nn.Module) -> Iterable[nn.Module]:
