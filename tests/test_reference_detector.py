@@ -14,6 +14,7 @@ import pytest
 import torch
 from detectron2.config import instantiate
 from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.postprocessing import detector_postprocess
 from torchvision.ops import box_iou
 
 from mamba_vision import MambaVisionCheckpointer, model_zoo
@@ -24,7 +25,8 @@ FOLDER = Path(os.environ.get("MAMBAVISION_REFERENCE") or COPY)
 MAPS = 1e-4  # of a map's largest value
 BOXES = 0.05  # pixels
 SCORES = 1e-4
-MASKS = 0.995  # intersection over union
+MASKS = 0.995  # intersection over union, where no pixel is within UNDECIDED of the threshold
+UNDECIDED = 1e-4  # of a pixel's probability: rounding tells on which side it falls
 
 
 def build(folder, **backbone):
@@ -53,6 +55,13 @@ def run(model, folder):
     fpn = model.backbone(images.tensor)
     proposals, _ = model.proposal_generator(images, fpn)
     detections, _ = model.roi_heads(images, fpn, proposals)
+    bounds = [
+        [
+            detector_postprocess(d, *size, mask_threshold=threshold).pred_masks.cpu()
+            for threshold in (0.5 + UNDECIDED, 0.5 - UNDECIDED)
+        ]
+        for d, size in zip(detections, images.image_sizes, strict=True)
+    ]
     detections = model._postprocess(detections, inputs, images.image_sizes)
     return {
         "backbone": [backbone[name].float().cpu() for name in ("res2", "res3", "res4", "res5")],
@@ -71,8 +80,9 @@ def run(model, folder):
                 "scores": d["instances"].scores.float().cpu(),
                 "labels": d["instances"].pred_classes.cpu(),
                 "masks": d["instances"].pred_masks.cpu(),
+                "undecided": possible & ~sure,
             }
-            for d in detections
+            for d, (sure, possible) in zip(detections, bounds, strict=True)
         ],
     }
 
@@ -98,9 +108,10 @@ def match(actual, expected):
     return partners
 
 
-def mask_iou(actual, packed):
+def mask_iou(actual, undecided, packed):
     """Of masks (R, H, W) and such packed along the width; that of two empty ones is 1."""
     expected = torch.from_numpy(np.unpackbits(packed.numpy(), axis=2, count=actual.shape[2])).bool()
+    actual = torch.where(undecided, expected, actual)
     union = (actual | expected).sum(dim=(1, 2))
     return torch.where(union == 0, 1.0, (actual & expected).sum(dim=(1, 2)) / union)
 
@@ -129,7 +140,8 @@ def deviations(actual, expected):
         if alone := (partners < 0).sum():
             found.append(f"image {image}: {alone} objects not found")
         paired = partners >= 0
-        iou = mask_iou(ours["masks"][partners[paired]], theirs["masks"][paired])
+        masks = (ours[kind][partners[paired]] for kind in ("masks", "undecided"))
+        iou = mask_iou(*masks, theirs["masks"][paired])
         if (iou <= MASKS).any():
             found.append(f"image {image}: masks that overlap by {iou.min():.3f}")
     return found
