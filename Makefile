@@ -27,7 +27,7 @@ setup: ## make the virtual environment; every target below does that first
 demo: setup ## draw scenes, train a small detector on them, draw what it finds, print its AP
 	$(RUN) tools/lazyconfig_train_net.py --config-file $(NANO) --resume train.output_dir=$(DEMO)
 	$(RUN) tools/demo.py --config-file $(NANO) --weights $(DEMO)/model_final.pth \
-		--input "$(SCENES)" --output $(DEMO)/pictures --overwrite
+		--input "$(SCENES)" --output $(DEMO)/pictures --scale 2 --overwrite
 	@$(RUN) -c "import json; found = json.load(open('$(DEMO)/results.json')); \
 		print('on held-out scenes: box AP %.1f, mask AP %.1f' % \
 		tuple(found[task]['AP'] for task in ('bbox', 'segm')))"

@@ -22,6 +22,8 @@ setup(
     name="mamba-vision-detectron2",
     version=version[1],
     description="MambaVision backbones and their Cascade Mask R-CNN for Detectron2",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",

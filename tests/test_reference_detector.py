@@ -25,7 +25,8 @@ FOLDER = Path(os.environ.get("MAMBAVISION_REFERENCE") or COPY)
 MAPS = 1e-4  # of a map's largest value
 BOXES = 0.05  # pixels
 SCORES = 1e-4
-MASKS = 0.995  # intersection over union
+MASKS = 0.995  # intersection over union, where no pixel is within UNDECIDED of the threshold
+UNDECIDED = 1e-4  # of a pixel's probability: rounding tells on which side it falls
 
 
 def build(folder, **backbone):
@@ -53,15 +54,15 @@ def run(model, folder):
     backbone = model.backbone.bottom_up(images.tensor)
     fpn = model.backbone(images.tensor)
     proposals, _ = model.proposal_generator(images, fpn)
-    found, _ = model.roi_heads(images, fpn, proposals)
-    detections = model._postprocess(found, inputs, images.image_sizes)
-    low, high = (
+    detections, _ = model.roi_heads(images, fpn, proposals)
+    bounds = [
         [
-            detector_postprocess(f, i["height"], i["width"], 0.5 + margin).pred_masks.cpu()
-            for f, i in zip(found, inputs)
+            detector_postprocess(d, *size, mask_threshold=threshold).pred_masks.cpu()
+            for threshold in (0.5 + UNDECIDED, 0.5 - UNDECIDED)
         ]
-        for margin in (-SCORES, SCORES)
-    )
+        for d, size in zip(detections, images.image_sizes, strict=True)
+    ]
+    detections = model._postprocess(detections, inputs, images.image_sizes)
     return {
         "backbone": [backbone[name].float().cpu() for name in ("res2", "res3", "res4", "res5")],
         "fpn": [fpn[name].float().cpu() for name in ("p2", "p3", "p4", "p5", "p6")],
@@ -79,9 +80,9 @@ def run(model, folder):
                 "scores": d["instances"].scores.float().cpu(),
                 "labels": d["instances"].pred_classes.cpu(),
                 "masks": d["instances"].pred_masks.cpu(),
-                "unsure": below & ~above,
+                "undecided": possible & ~sure,
             }
-            for d, below, above in zip(detections, low, high)
+            for d, (sure, possible) in zip(detections, bounds, strict=True)
         ],
     }
 
@@ -107,23 +108,16 @@ def match(actual, expected):
     return partners
 
 
-def mask_iou(actual, unsure, packed):
-    """Of masks (R, H, W) and such packed along the width; that of two empty ones is 1.
-
-    Pixels that are unsure, (R, H, W) too, are taken as they are expected.
-    """
+def mask_iou(actual, undecided, packed):
+    """Of masks (R, H, W) and such packed along the width; that of two empty ones is 1."""
     expected = torch.from_numpy(np.unpackbits(packed.numpy(), axis=2, count=actual.shape[2])).bool()
-    actual = torch.where(unsure, expected, actual)
+    actual = torch.where(undecided, expected, actual)
     union = (actual | expected).sum(dim=(1, 2))
     return torch.where(union == 0, 1.0, (actual & expected).sum(dim=(1, 2)) / union)
 
 
 def deviations(actual, expected):
-    """Everything in which the two are not the same, one line each.
-
-    A pixel whose probability is within SCORES of the masks' threshold may fall on either side:
-    small masks have so few pixels that a last digit decides.
-    """
+    """Everything in which the two are not the same, one line each."""
     found = []
     for kind in ("backbone", "fpn"):
         for level, (ours, theirs) in enumerate(zip(actual[kind], expected[kind], strict=True)):
@@ -146,8 +140,8 @@ def deviations(actual, expected):
         if alone := (partners < 0).sum():
             found.append(f"image {image}: {alone} objects not found")
         paired = partners >= 0
-        masks, unsure = (ours[name][partners[paired]] for name in ("masks", "unsure"))
-        iou = mask_iou(masks, unsure, theirs["masks"][paired])
+        masks = (ours[kind][partners[paired]] for kind in ("masks", "undecided"))
+        iou = mask_iou(*masks, theirs["masks"][paired])
         if (iou <= MASKS).any():
             found.append(f"image {image}: masks that overlap by {iou.min():.3f}")
     return found

@@ -55,7 +55,7 @@ def contents(wheel):
 def checkout(tmp_path_factory):
     """A copy, links kept, so that neither old build folders nor this checkout are touched."""
     copy = tmp_path_factory.mktemp("checkout")
-    for name in ("LICENSE", "pyproject.toml", "setup.py"):
+    for name in ("LICENSE", "README.md", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, copy)
     for name in ("configs", "projects"):
         ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from mamba_vision.errors import cli
+from mamba_vision.errors import ArgumentParser, cli
 from mamba_vision.ops import benchmark as ops
 
 COMMANDS = {"ops": ops}  # modules with add_arguments(parser) and run(args) -> exit code
@@ -15,7 +14,7 @@ COMMANDS = {"ops": ops}  # modules with add_arguments(parser) and run(args) -> e
 
 @cli
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         text = module.__doc__ or ""

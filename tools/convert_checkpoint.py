@@ -1,18 +1,22 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Turn a released MambaVision file into a Detectron2 checkpoint."""
 
+from __future__ import annotations
+
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from mamba_vision.checkpoint import convert, read_checkpoint
 from mamba_vision.checkpoint.files import atomic_write, fetch
-from mamba_vision.errors import UserError, cli
+from mamba_vision.errors import ArgumentParser, UserError, cli
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(
         description=f"{__doc__} The project's own tools do not need this: they take the released "
         "files as they are.",
     )
@@ -23,12 +27,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write, *.pth")
     parser.add_argument("--force", action="store_true", help="write over OUT if it exists")
-    return parser
+    return parser.parse_args(argv)
 
 
 @cli
-def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
     if args.target.suffix != ".pth":
         raise UserError(
             f"{args.target}: Detectron2 knows a checkpoint by its ending; call it *.pth"
@@ -46,4 +50,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -11,11 +11,9 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from mamba_vision.backbone import VARIANTS, MambaVision
-from mamba_vision.backbone import mixer as mixer_module
 from mamba_vision.errors import UserError
 
 NAMES = Path(__file__).parents[1] / "data" / "mamba_vision_names.json"
-DETECTOR_WINDOWS = (8, 8, 112, 56)
 
 
 def _narrow(variant: str) -> dict:
@@ -50,32 +48,6 @@ def test_parameter_counts_are_the_published_ones(variant, millions):
     channels = backbone.output_shape()["res5"].channels
     count += 2 * channels + 1000 * (channels + 1)  # the classifier's norm and head
     assert count / 1e6 == pytest.approx(millions, abs=0.1)
-
-
-@pytest.mark.parametrize(
-    ("variant", "published"), [("tiny", 206.8), ("small", 316.8), ("base", 672.9)]
-)
-def test_multiply_adds_are_the_published_ones(variant, published, monkeypatch):
-    # Convs and linears at 800 x 1280 with the detectors' windows. The published trace also counts
-    # the norms and leaves out some small projections: in all, less than 0.2 % of the sum.
-    with torch.device("meta"):
-        backbone = MambaVision(**(VARIANTS[variant] | {"window_size": DETECTOR_WINDOWS})).eval()
-        image = torch.empty(1, 3, 800, 1280)
-    counts = []
-
-    def count(module, _inputs, output):
-        counts.append(output.numel() * module.weight[0].numel())
-
-    def count_inner(xz, _conv_x, _conv_z, x_proj, dt_proj, *_others, **_options):
-        counts.append(xz.shape[:2].numel() * (x_proj.numel() + dt_proj.numel()))
-        return xz
-
-    monkeypatch.setattr(mixer_module, "mamba_inner", count_inner)
-    for module in backbone.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.register_forward_hook(count)
-    backbone(image)
-    assert sum(counts) / 1e9 == pytest.approx(published, rel=2e-3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -192,6 +192,7 @@ class TestUnfit:
             (b"PK\x03\x04 and no more", "damaged"),
             (b'{"_name_or_path": 1}', "it is text"),
             (b"\xff\xd8\xff\xe0\x00\x10JFIF", "damaged"),
+            (b"hello\n", "it refers to 101, which it does not hold"),
             (b"MZ\x90\x00", "damaged"),
             (bytes(100), "damaged"),
             (pickle.dumps([1], 2), "it holds a list"),

@@ -94,6 +94,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         zipfile.BadZipFile,
     ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"it refers to {reason}, which it does not hold"
         raise UserError(
             f"{path}: not a file of weights, or damaged: {reason[:200]}; download or save it again"
         ) from None
