@@ -14,7 +14,7 @@ from pycocotools import mask as rle
 
 from ..errors import UserError
 
-__all__ = ["complete", "missing_images", "problems", "read", "split"]
+__all__ = ["class_names", "complete", "missing_images", "problems", "read", "split"]
 
 SECTIONS = ("images", "annotations", "categories")
 # Of an annotation, Detectron2 needs the first four; COCO's evaluation the others.
@@ -69,6 +69,12 @@ def read(json_file: str | os.PathLike) -> dict[str, Any]:
                 "format"
             )
     return content
+
+
+def class_names(content: dict[str, Any]) -> tuple[str, ...]:
+    """The names of the categories, in the order of their ids: Detectron2's classes 0, 1, ..."""
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    return tuple(category["name"] for category in categories)
 
 
 def problems(content: dict[str, Any], image_root: str | os.PathLike | None) -> Iterator[str]:
@@ -211,7 +217,7 @@ def _records(section: str, records: list[Any]) -> Iterator[str]:
         if absent:
             remedy = "add them" if len(absent) > 1 else "add it"
             if {"area", "iscrowd"}.issuperset(absent):
-                remedy += ", or have tools/prepare_coco.py do it"
+                remedy += ", or have tools/convert_dataset.py do it"
             yield f"{label} lacks {', '.join(map(repr, absent))}; {remedy}"
         elif not isinstance(record["id"], int):
             yield f"{label} has an id that is not a whole number; number them"
