@@ -130,9 +130,7 @@ def _unknown_part(name: str, own: set[str]) -> str:
     """The beginning of a parameter's name that reaches beyond the model's modules, ``own``."""
     words = name.split(".")
     return next(
-        part
-        for part in (".".join(words[: i + 1]) for i in range(len(words)))
-        if part not in own
+        part for part in (".".join(words[: i + 1]) for i in range(len(words))) if part not in own
     )
 
 

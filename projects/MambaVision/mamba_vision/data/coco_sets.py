@@ -61,9 +61,7 @@ def read_set(json_file: str | os.PathLike, image_root: str | os.PathLike) -> Coc
     )
 
 
-def register_set(
-    name: str, json_file: str, image_root: str, thing_classes: Sequence[str]
-) -> None:
+def register_set(name: str, json_file: str, image_root: str, thing_classes: Sequence[str]) -> None:
     """Register a data set with Detectron2's catalogs, its classes known before it is loaded.
 
     A set of the same files and classes that is registered already is left alone; one of others is

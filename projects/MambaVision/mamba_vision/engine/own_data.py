@@ -220,7 +220,4 @@ def _fit_schedule(config: DictConfig, data: CocoSet, epochs: int | None) -> str:
     warmup = config.lr_multiplier.get("warmup_iters")
     if warmup:
         config.lr_multiplier.warmup_iters = min(warmup, math.ceil(length / 20))
-    return (
-        f"{length * batch / images:.0f} passes over {images} images, {batch} a step: "
-        f"train.max_iter={length}"
-    )
+    return f"{round(length * batch / images)} x {images} images, {batch} a step: {length} steps"
