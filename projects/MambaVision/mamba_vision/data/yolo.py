@@ -1,7 +1,7 @@
 """YOLO's annotations: a text file for each image, a line for each object.
 
-A line is ``class x_center y_center width height`` or, for an outline, ``class x y x y x y ...`` with
-three points or more; all but the class are parts of the image's width and height.
+A line is ``class x_center y_center width height`` or, for an outline, ``class x y x y x y ...``
+with three points or more; all but the class are parts of the image's width and height.
 """
 
 from __future__ import annotations

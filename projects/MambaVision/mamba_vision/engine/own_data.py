@@ -154,12 +154,12 @@ def register_data_sets(config: DictConfig) -> None:
     """Register the data sets that a config lists under ``data_sets``, if it lists any.
 
     Raises:
-        UserError: an entry has other keys than name, json_file, image_root and thing_classes.
+        UserError: an entry lacks one of name, json_file, image_root and thing_classes.
     """
-    for entry in OmegaConf.to_container(OmegaConf.create(config.get("data_sets") or [])):
+    for entry in config.get("data_sets") or []:
         try:
-            register_set(**entry)
-        except TypeError:
+            register_set(entry.name, entry.json_file, entry.image_root, list(entry.thing_classes))
+        except (AttributeError, TypeError):
             raise UserError(
                 f"data_sets holds {entry!r}; give each entry name, json_file, image_root and "
                 "thing_classes"
