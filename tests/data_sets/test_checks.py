@@ -130,7 +130,7 @@ def test_spoilt_annotations(register, content, spoil, match, large, monkeypatch)
         (change("annotations", 1, bbox=[1, 2, -3, 4]), "annotation 2 has bbox"),
         (change("annotations", 1, bbox=[1, 2, 3, float("nan")]), "annotation 2 has bbox"),
         (without("annotations", 1, "bbox"), r"annotations\[1\].* lacks 'bbox'"),
-        (without("annotations", 1, "area"), r"lacks 'area'; add it, or have tools/prepare_coco"),
+        (without("annotations", 1, "area"), r"lacks 'area'; add it, or have tools/convert_dataset"),
         (change("images", 0, width=0), "image 1 has height .* and width 0"),
         (change("annotations", 1, segmentation=None), "annotation 2 has no segmentation"),
         (change("annotations", 1, segmentation=[1, 2]), "annotation 2 has a segmentation that"),

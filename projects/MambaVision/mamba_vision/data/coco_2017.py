@@ -179,8 +179,8 @@ def unpack(file: Path, folder: Path, members: str) -> int:
         ) from error
     except OSError as error:
         raise UserError(
-            f"cannot unpack {file} to {folder}: {error.strerror or error}; check the folder and the "
-            "free space, and run this again"
+            f"cannot unpack {file} to {folder}: {error.strerror or error}; check the folder "
+            "and the free space, and run this again"
         ) from error
     return len(wanted)
 
