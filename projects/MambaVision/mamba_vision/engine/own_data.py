@@ -220,4 +220,5 @@ def _fit_schedule(config: DictConfig, data: CocoSet, epochs: int | None) -> str:
     warmup = config.lr_multiplier.get("warmup_iters")
     if warmup:
         config.lr_multiplier.warmup_iters = min(warmup, math.ceil(length / 20))
-    return f"{round(length * batch / images)} x {images} images, {batch} a step: {length} steps"
+    passes = f"{length * batch / images:.3g} passes over {images}"
+    return f"{length} steps of {batch} images: {passes}"
