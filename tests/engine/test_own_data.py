@@ -211,9 +211,9 @@ def test_the_config_saved_registers_its_data_again(own, tmp_path):
         UserError, match="lists other classes than the config's data_sets: dog, cat"
     ):
         check_dataset(val.name)
-    again.data_sets[1].pop("image_root")
+    again.data_sets[val.name].pop("image_root")
     LazyConfig.save(again, str(tmp_path / "config.yaml"))
-    with pytest.raises(UserError, match="give each entry name, json_file, image_root and"):
+    with pytest.raises(UserError, match="give it json_file, image_root and thing_classes"):
         load_config(tmp_path / "config.yaml")
 
 

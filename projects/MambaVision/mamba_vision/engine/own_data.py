@@ -120,15 +120,14 @@ def fit_to_data(
     evaluator = dataloader.get("evaluator")
     if evaluator is not None and not OmegaConf.is_interpolation(evaluator, "dataset_name"):
         evaluator.dataset_name = val.name
-    config.data_sets = [
-        {
-            "name": data.name,
+    config.data_sets = {
+        data.name: {
             "json_file": data.json_file,
             "image_root": data.image_root,
             "thing_classes": list(data.classes),
         }
         for data in own.values()
-    ]
+    }
     register_data_sets(config)
 
     words = []
@@ -151,18 +150,17 @@ def fit_to_data(
 
 
 def register_data_sets(config: DictConfig) -> None:
-    """Register the data sets that a config lists under ``data_sets``, if it lists any.
+    """Register the data sets that a config holds under ``data_sets``, if it holds any.
 
     Raises:
-        UserError: an entry lacks one of name, json_file, image_root and thing_classes.
+        UserError: an entry lacks one of ``json_file``, ``image_root`` and ``thing_classes``.
     """
-    for entry in config.get("data_sets") or []:
+    for name, entry in (config.get("data_sets") or {}).items():
         try:
-            register_set(entry.name, entry.json_file, entry.image_root, list(entry.thing_classes))
+            register_set(name, entry.json_file, entry.image_root, list(entry.thing_classes))
         except (AttributeError, TypeError):
             raise UserError(
-                f"data_sets holds {entry!r}; give each entry name, json_file, image_root and "
-                "thing_classes"
+                f"data_sets: {name!r} is {entry!r}; give it json_file, image_root and thing_classes"
             ) from None
 
 
@@ -189,7 +187,7 @@ def _check_classes(config: DictConfig, train: CocoSet | None, val: CocoSet) -> N
                 "each its own file"
             )
     elif config.get("data_sets"):
-        source, classes = "the config's data_sets", tuple(config.data_sets[0].thing_classes)
+        source, classes = "the config's data_sets", _classes_of(config)
     else:
         return  # their number is compared with the model's when the set is checked
     if val.classes == classes:
@@ -203,6 +201,10 @@ def _check_classes(config: DictConfig, train: CocoSet | None, val: CocoSet) -> N
         f"{'; '.join(differences) or 'the same names, in another order of ids'}; give 'categories' "
         "the same list in both files"
     )
+
+
+def _classes_of(config: DictConfig) -> tuple[str, ...]:
+    return tuple(next(iter(config.data_sets.values())).thing_classes)
 
 
 def _fit_schedule(config: DictConfig, data: CocoSet, epochs: int | None) -> str:
