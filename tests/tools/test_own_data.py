@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from mamba_vision import model_zoo
 from mamba_vision.data import draw_shapes
+from mamba_vision.engine import load_config
 
 TOOL = Path(__file__).parents[2] / "tools" / "lazyconfig_train_net.py"
 NANO = "cascade_mask_rcnn_mamba_vision_nano_shapes"
@@ -59,6 +60,7 @@ def test_training_in_two_processes_evaluation_and_pictures(data, tool, tmp_path)
             *("--train-json", data["train"], "--train-images", data["images"]),
             *("--val-json", data["val"], "--val-images", data["images"], "--epochs", "1"),
             *("--num-gpus", "2", "--dist-url", "auto", *TINY),
+            "train.max_iter=1",
             *(f"train.init_checkpoint={weights}", f"train.output_dir={output}"),
         ],
         cwd=tmp_path,
@@ -79,6 +81,10 @@ def test_training_in_two_processes_evaluation_and_pictures(data, tool, tmp_path)
         "(as for other classes): roi_heads.box_predictor.*.cls_score, ",
     ):
         assert log.count(line) == 1, line
+    saved = load_config(output / "config.yaml")
+    assert saved.train.max_iter == 1  # the last word
+    assert saved.train.checkpointer.period == 1  # 400 of 800, and so the second of 2
+    assert saved.lr_multiplier.warmup_iters == 1
     results = json.loads((output / "results.json").read_text())
     assert set(results) == {"bbox"}
     assert {"AP-dog", "AP-cat"} < set(results["bbox"])

@@ -89,11 +89,13 @@ def _run(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace) -> tuple[DictConfig, list[str]]:
     """The config, and what was fitted in it to data of the user's own."""
-    config = load_config(args.config_file, args.opts)
     if args.own_data is None:
-        return config, []
-    words = fit_to_data(config, *args.own_data)  # the schedule follows a batch size given in opts
-    apply_overrides(config, args.opts)  # which have the last word
+        return load_config(args.config_file, args.opts), []
+    # The passes are counted with a batch size given in opts; then all of these have the last word.
+    first = [text for text in args.opts if text.startswith("dataloader.")]
+    config = load_config(args.config_file, first)
+    words = fit_to_data(config, *args.own_data)
+    apply_overrides(config, args.opts)
     return config, words
 
 
