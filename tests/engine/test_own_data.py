@@ -150,7 +150,7 @@ def test_the_schedule_follows_the_images(own):
 
     assert fitted(coco, batch).train.max_iter == 1000  # 36 x 3 would be few
     assert fitted(coco, batch, epochs=1).train.max_iter == 3
-    assert fitted(coco, batch, epochs=1).train.eval_period == 1
+    assert fitted(coco, batch, epochs=9).train.eval_period == 3  # not more often than once a pass
     long = fitted(coco, batch, epochs=100_000)
     assert long.lr_multiplier.warmup_iters == 1000  # as it was
     empty_kept = ["dataloader.train.dataset.filter_empty=False", *batch]

@@ -96,9 +96,9 @@ def fit_to_data(
     - ``dataloader``: trained on ``train``, evaluated on ``val``; ``data_sets`` holds what
       :func:`register_data_sets` needs to register both again.
     - ``model``: as many classes as the data have, and no mask heads if the data have no masks.
-    - ``train``: ``max_iter`` is ``epochs`` passes over the training images; what else is counted in
-      steps of the whole training follows it, and a warm-up given in steps takes a twentieth at
-      most.
+    - ``train``: ``max_iter`` is ``epochs`` passes over the training images. Evaluations and
+      checkpoints keep their number, but are a pass apart at least; a warm-up given in steps takes a
+      twentieth at most.
 
     Args:
         config: any config with ``model.roi_heads.num_classes``.
@@ -211,14 +211,15 @@ def _fit_schedule(config: DictConfig, data: CocoSet, epochs: int | None) -> str:
     schedule, dataset = config.train, config.dataloader.train.dataset
     images = data.training_images if dataset.get("filter_empty", True) else data.images
     batch = config.dataloader.train.total_batch_size
-    length = (epochs or EPOCHS) * math.ceil(images / batch)
+    one_pass = math.ceil(images / batch)
+    length = (epochs or EPOCHS) * one_pass
     if epochs is None:
         length = max(length, MIN_ITER)
     ratio = length / schedule.max_iter
     schedule.max_iter = length
     for group, key in ((schedule, "eval_period"), (schedule.get("checkpointer"), "period")):
         if group is not None and group.get(key):
-            group[key] = max(1, round(group[key] * ratio))
+            group[key] = max(one_pass, round(group[key] * ratio))
     warmup = config.lr_multiplier.get("warmup_iters")
     if warmup:
         config.lr_multiplier.warmup_iters = min(warmup, math.ceil(length / 20))
