@@ -129,6 +129,7 @@ def test_spoilt_annotations(register, content, spoil, match, large, monkeypatch)
         (change("annotations", 1, image_id=9), "annotation 2 belongs to image 9"),
         (change("annotations", 1, bbox=[1, 2, -3, 4]), "annotation 2 has bbox"),
         (change("annotations", 1, bbox=[1, 2, 3, float("nan")]), "annotation 2 has bbox"),
+        (change("categories", 0, name=7), r"categories\[0\].* has a name that is not text"),
         (without("annotations", 1, "bbox"), r"annotations\[1\].* lacks 'bbox'"),
         (without("annotations", 1, "area"), r"lacks 'area'; add it, or have tools/convert_dataset"),
         (change("images", 0, width=0), "image 1 has height .* and width 0"),

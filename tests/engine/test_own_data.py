@@ -277,6 +277,19 @@ def test_options_that_do_not_go_together(own, drawn, tmp_path):
             read_own_data(options(**given))
 
 
+def test_a_set_with_masks_has_them_evaluated_again(own):
+    config = model_zoo.get_config(NANO)
+    fit_to_data(config, own("train.json"), own("val.json", without_masks))
+    fit_to_data(config, None, own("other.json"))
+    assert instantiate(config.dataloader.evaluator)._tasks is None  # all that the model finds
+
+
+def test_nothing_to_train_on(own):
+    crowded = own("train.json", lambda c: [a.update(iscrowd=1) for a in c["annotations"]])
+    with pytest.raises(UserError, match=r"train\.json: no image has an object to train on"):
+        fit_to_data(model_zoo.get_config(NANO), crowded, own("val.json"))
+
+
 def test_broken_annotations_are_named(own):
     def spoil(content):
         content["annotations"][0]["category_id"] = 77

@@ -232,6 +232,8 @@ def record_problems(section: str, records: list[Any]) -> Iterator[str]:
             yield f"{label} has an id that is not a whole number; number them"
         elif record["id"] in seen:
             yield f"{label} has the id of an earlier one; ids must differ"
+        elif section == "categories" and not isinstance(record["name"], str):
+            yield f"{label} has a name that is not text; put it in quotes"
         else:
             seen.add(record["id"])
 

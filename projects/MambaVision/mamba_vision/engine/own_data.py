@@ -143,9 +143,10 @@ def fit_to_data(
         if not train.has_masks and drop_masks(config.model, dataloader):
             words += [f"{train.name} has no masks: the model is built without mask heads"]
     makes_masks = OmegaConf.select(config, "model.roi_heads.mask_in_features") is not None
-    if evaluator is not None and makes_masks and not val.has_masks:
-        evaluator.tasks = ["bbox"]
-        words += [f"{val.name} has no masks: only boxes are evaluated"]
+    if evaluator is not None and makes_masks:
+        evaluator.tasks = None if val.has_masks else ["bbox"]  # None: whatever the model finds
+        if not val.has_masks:
+            words += [f"{val.name} has no masks: only boxes are evaluated"]
     return words
 
 
@@ -210,6 +211,8 @@ def _classes_of(config: DictConfig) -> tuple[str, ...]:
 def _fit_schedule(config: DictConfig, data: CocoSet, epochs: int | None) -> str:
     schedule, dataset = config.train, config.dataloader.train.dataset
     images = data.training_images if dataset.get("filter_empty", True) else data.images
+    if not images:
+        raise UserError(f"{data.name}: no image has an object to train on; check its annotations")
     batch = config.dataloader.train.total_batch_size
     one_pass = math.ceil(images / batch)
     length = (epochs or EPOCHS) * one_pass
