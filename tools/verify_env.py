@@ -11,12 +11,13 @@ import argparse
 import importlib
 import importlib.metadata
 import os
+import pkgutil
 import platform
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 OK, ABSENT, FAILED = "ok", "-", "FAIL"
 
@@ -150,22 +151,24 @@ def backend_rows() -> Iterator[Row]:
     """Each backend of each operator, on the device that a training would use."""
     import torch
 
-    from mamba_vision.ops.benchmark import OPERATORS, Shape
+    from mamba_vision.ops.benchmark_operators import OPERATORS, Shape
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = Shape(B=2, L=100, D=16, N=8)
+    choosers = {chooser.operator: chooser for chooser in all_backends()}
     for title, operator in OPERATORS.items():
         torch.manual_seed(0)
-        tensors = [x.to(device) for x in operator.draw(Shape(2, 100, 16, 8), torch.float32)]
-        backends, chosen, failure = operator.backends, None, ""
-        try:
-            module = backends.choose(None, *tensors)
-            chosen = next(k for k, v in backends.modules.items() if v == module.__name__)
-        except Exception as error:  # a backend asked for by the variable, and not to be had
-            failure = line(error)
+        tensors = [x.to(device) for x in operator.draw(shape, torch.float32)]
+        chooser, chosen = choosers.get(title), None
+        if chooser is not None:
+            try:
+                chosen = chooser.name_for(None, *tensors, states=shape.N)
+            except Exception as error:  # a backend asked for by the variable, and not to be had
+                yield Row(title, FAILED, line(error), f"mend or unset {chooser.variable}")
         truth = results(operator.function, [x.double() for x in tensors], "reference")
-        for name in backends.modules:
+        for name in operator.backends:
             what = f"{title}: {name}"
-            if reason := backends.obstacle(name, *tensors):
+            if reason := operator.obstacle(name, tensors):
                 yield Row(what, ABSENT, f"not on {device}: {reason}")
                 continue
             mark = "chosen" if name == chosen else "can be used"
@@ -175,10 +178,23 @@ def backend_rows() -> Iterator[Row]:
                 found = f"{mark} on {device}; largest error {worst:.0e}"
             except Exception as error:  # a kernel built for another GPU, and the like
                 state, found = FAILED, f"{mark}, and fails: {line(error)}"
-            remedy = f"reinstall it, or set {backends.variable} to another backend"
+            remedy = "reinstall it"
+            if chooser is not None:
+                remedy += f", or set {chooser.variable} to another backend"
             yield Row(what, state, found, remedy)
-        if failure:
-            yield Row(title, FAILED, failure, f"mend or unset {backends.variable}")
+
+
+def all_backends() -> Iterator[Any]:
+    """The choosers of all operators that have several backends."""
+    from mamba_vision import ops
+
+    for module in pkgutil.iter_modules(ops.__path__):
+        if module.ispkg:
+            chooser = getattr(
+                importlib.import_module(f"{ops.__name__}.{module.name}"), "BACKENDS", None
+            )
+            if chooser is not None:
+                yield chooser
 
 
 def results(function: Callable, tensors: list, backend: str) -> list:
