@@ -94,10 +94,12 @@ def finish(args: argparse.Namespace, conversion: Conversion, boxes_only: bool = 
         )
     content = conversion.content(boxes_only)
     write(args.output, content)
-    kind = "outlines" if "segmentation" in content["annotations"][0] else "boxes"
+    images, objects = content["images"], content["annotations"]
+    empty = len(images) - len({item["image_id"] for item in objects})
+    kind = "outlines" if "segmentation" in objects[0] else "boxes"
     print(
-        f"wrote {args.output}: {len(content['images'])} images in {conversion.image_root}, "
-        f"{len(content['annotations'])} {kind}, {len(content['categories'])} classes"
+        f"wrote {args.output}: {len(images)} images in {conversion.image_root} ({empty} without an "
+        f"object), {len(objects)} {kind}, {len(content['categories'])} classes"
         + (f"; skipped: {faults}" if faults else "")
     )
     return 1 if faults else 0

@@ -123,7 +123,7 @@ def test_yolo(run, yolo, tmp_path, capsys):
     ]
     assert list(coco_format.problems(content, yolo / "images/train")) == []
     said = capsys.readouterr().out
-    assert f"2 images in {yolo / 'images/train'}, 2 boxes, 2 classes" in said
+    assert f"2 images in {yolo / 'images/train'} (1 without an object), 2 boxes, 2 classes" in said
 
     assert run("yolo", yolo / "data.yaml", tmp_path / "val.json", "--split", "val") == 0
     val, objects = converted(tmp_path / "val.json")
@@ -285,7 +285,10 @@ def voc(tmp_path):
 
 def test_voc(run, voc, tmp_path, capsys):
     assert run("voc", voc, tmp_path / "train.json", "--split", "train") == 0
-    assert f"2 images in {voc / 'JPEGImages'}, 2 boxes, 3 classes" in capsys.readouterr().out
+    assert (
+        f"2 images in {voc / 'JPEGImages'} (1 without an object), 2 boxes, 3 classes"
+        in capsys.readouterr().out
+    )
     content, objects = converted(tmp_path / "train.json")
     assert objects == [  # pixel 1 is the first: [0, 1) along each side
         ("a.jpg", "dog", [75, 25, 50, 50]),

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -85,8 +86,8 @@ def missing(coco: Path, part: str) -> str | None:
     annotations = _annotations(coco, part)
     if not annotations.is_file():
         return f"{annotations}, which lists the images of {part}: missing"
-    images = coco_format.read(annotations)["images"]
-    return next(coco_format.missing_images((i["file_name"] for i in images), coco / part), None)
+    names = _listed(annotations, annotations.stat().st_mtime_ns)
+    return next(coco_format.missing_images(names, coco / part), None)
 
 
 def prepare(
@@ -187,6 +188,11 @@ def unpack(file: Path, folder: Path, members: str) -> int:
 
 def _annotations(coco: Path, split: str) -> Path:
     return coco / "annotations" / f"instances_{split}.json"
+
+
+@functools.cache  # the training set's takes a while
+def _listed(annotations: Path, _changed: int) -> tuple[str, ...]:
+    return tuple(image["file_name"] for image in coco_format.read(annotations)["images"])
 
 
 def _have(archive: Archive, coco: Path, zips: Path | None) -> Path | None:
