@@ -2,7 +2,8 @@
 """Bring COCO 2017 to where the configs look for it: download, check, unpack.
 
 What is there already is left alone, and what was interrupted is gone on with: run the same command
-again. The exit code is 0 if all is there in the end, and else 1.
+again. The exit code is 0 if all is there in the end, 1 if something is missing, and 2 if something
+cannot be had.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         default=Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))),
         metavar="DIR",
-        help="folder of data sets, in which coco is made ($DETECTRON2_DATASETS: %(default)s)",
+        help="folder of data sets, for coco in it ($DETECTRON2_DATASETS, or datasets: %(default)s)",
     )
     parser.add_argument(
         "--parts",
