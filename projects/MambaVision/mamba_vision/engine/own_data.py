@@ -103,16 +103,17 @@ def fit_to_data(
     Args:
         config: any config with ``model.roi_heads.num_classes``.
         train: ``None`` is for evaluation: model and schedule stay as they are.
-        val: has the classes of ``train``.
+        val: has the classes of ``train``, and masks if ``train`` has.
         epochs: 36, and at least 1000 steps, if ``None``.
 
     Returns:
         A word on each change.
 
     Raises:
-        UserError: the classes of the two sets differ, or the config cannot be fitted.
+        UserError: the classes of the two sets differ, the first alone has masks, or the config
+            cannot be fitted.
     """
-    _check_classes(config, train, val)
+    _check_likeness(config, train, val)
     dataloader = config.dataloader
     own = {"train": train, "test": val} if train else {"test": val}
     for part, data in own.items():
@@ -178,14 +179,19 @@ def drop_masks(model: DictConfig, dataloader: DictConfig) -> bool:
     return bool(found)
 
 
-def _check_classes(config: DictConfig, train: CocoSet | None, val: CocoSet) -> None:
-    """Refuse a class list that is not the one trained on."""
+def _check_likeness(config: DictConfig, train: CocoSet | None, val: CocoSet) -> None:
+    """Refuse a class list that is not the one trained on, and a lack of masks."""
     if train:
         source, classes = train.name, train.classes
         if train.name == val.name and train.image_root != val.image_root:
             raise UserError(
                 f"--train-json and --val-json are both {train.name}, with different images; give "
                 "each its own file"
+            )
+        if train.has_masks and not val.has_masks:
+            raise UserError(
+                f"{train.name} has masks and {val.name} has none; give masks to both, or take "
+                "'segmentation' out of the first to train on boxes alone"
             )
     elif config.get("data_sets"):
         source, classes = "the config's data_sets", _classes_of(config)
