@@ -76,8 +76,8 @@ def backbone():
 def detector():
     """Build the model that the small detector's weights fit, or one that differs from it."""
 
-    def build(num_classes=5, **changes):
-        model = model_zoo.get_config("cascade_mask_rcnn_mamba_vision_tiny_3x_coco").model
+    def build(num_classes=5, config="cascade_mask_rcnn_mamba_vision_tiny_3x_coco", **changes):
+        model = model_zoo.get_config(config).model
         model.backbone.bottom_up.update(SMALL | changes)
         model.backbone.out_channels = 16
         model.roi_heads.num_classes = num_classes

@@ -81,6 +81,19 @@ class TestLoad:
             resized = "box_predictor" in name or name.split(".")[-2] == "predictor"
             assert torch.equal(value, (before if resized else weights)[name])
 
+    def test_mask_heads_of_which_a_model_has_none_are_told_in_a_line(
+        self, detector, released, warnings
+    ):
+        model = detector(config="cascade_rcnn_mamba_vision_tiny_3x_coco")
+        MambaVisionCheckpointer(model).load(str(released))
+        # 3 heads of 6 layers, each with weight and bias
+        assert warnings() == [
+            "Not used, for the model has no such part (tensors): roi_heads.mask_head (36)"
+        ]
+        weights = convert(read_checkpoint(released)).weights
+        assert len(weights) == len(model.state_dict()) + 36
+        assert all(torch.equal(value, weights[n]) for n, value in model.state_dict().items())
+
     def test_bare_backbone(self, backbone, imagenet, path, warnings):
         state = imagenet()
         torch.save({"state_dict": state}, path)

@@ -13,7 +13,8 @@ from detectron2.utils.events import EventStorage
 from mamba_vision import model_zoo
 
 COCO = "cascade_mask_rcnn_mamba_vision_{}_3x_coco"
-LEAVES = [COCO.format(size) for size in ("tiny", "small", "base")] + [
+BOXES = "cascade_rcnn_mamba_vision_{}_3x_coco"
+LEAVES = [name.format(size) for name in (COCO, BOXES) for size in ("tiny", "small", "base")] + [
     "cascade_mask_rcnn_mamba_vision_nano_shapes"
 ]
 
@@ -43,6 +44,21 @@ def test_detectors_have_the_references_parameters(size, count):
     with torch.device("meta"):
         model = instantiate(model_zoo.get_config(COCO.format(size)).model)
     assert parameters(model) == count
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_detectors_without_masks_are_the_others_without_mask_heads(size):
+    configs = [model_zoo.get_config(name.format(size)) for name in (COCO, BOXES)]
+    with torch.device("meta"):
+        whole, boxes = (
+            {n: p.shape for n, p in instantiate(c.model).named_parameters()} for c in configs
+        )
+    assert boxes == {n: shape for n, shape in whole.items() if "mask_head" not in n}
+    assert len(boxes) == len(whole) - 3 * 12  # 4 convs, a deconvolution and a predictor a stage
+    assert instantiate(configs[0].dataloader.train.mapper).use_instance_mask
+    assert not instantiate(configs[1].dataloader.train.mapper).use_instance_mask
+    for part in ("optimizer", "lr_multiplier"):
+        assert configs[0][part] == configs[1][part]
 
 
 @pytest.mark.parametrize(("size", "lr"), [("tiny", 1e-4), ("small", 1e-4), ("base", 2e-4)])

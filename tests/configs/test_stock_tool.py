@@ -64,8 +64,8 @@ def run(tool, datasets, *commands):
     return result.stdout
 
 
-def leaf(name):
-    return ["--config-file", str(model_zoo.CONFIGS / f"cascade_mask_rcnn_mamba_vision_{name}.py")]
+def leaf(name, head="mask_rcnn"):
+    return ["--config-file", str(model_zoo.CONFIGS / f"cascade_{head}_mamba_vision_{name}.py")]
 
 
 def losses(folder):
@@ -81,12 +81,16 @@ def test_coco_leaves_train_and_evaluate(stock_tool, datasets):
         common = [*leaf(f"{size}_3x_coco"), *SMALL, f"train.output_dir={datasets / size}"]
         weights = f"train.init_checkpoint={datasets / size / 'model_final.pth'}"
         commands += [common, ["--eval-only", *common, weights]]
+    boxes = [*leaf("tiny_3x_coco", "rcnn"), *SMALL, f"train.output_dir={datasets / 'boxes'}"]
+    commands.append([*boxes, f"train.init_checkpoint={datasets / 'tiny' / 'model_final.pth'}"])
     printed = run(stock_tool, datasets, *commands)
     stages = {f"loss_{part}_stage{k}" for part in ("cls", "box_reg", "mask") for k in range(3)}
     for size in ("tiny", "small", "base"):
         logged = losses(datasets / size)
         assert set(logged) >= {0, 1, 2}
         assert logged[2] >= stages
+    logged = losses(datasets / "boxes")
+    assert {x for x in logged[2] if "stage" in x} == {x for x in stages if "mask" not in x}
     results = [line for line in printed.splitlines() if line.startswith("OrderedDict")]
     assert len(results) == 3
     assert all("'bbox'" in line and "'segm'" in line for line in results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class MambaVisionCheckpointer(DetectionCheckpointer):
       Detectron2's names by :func:`~mamba_vision.checkpoint.convert`;
     - layers of other sizes than the model's, as those for other classes, keep their initial values
       and are reported in one line, but weights of another backbone are an error;
+    - parts that the model does not have, as mask heads, are reported in one line;
     - a checkpoint is saved all or nothing.
     """
 
@@ -114,7 +116,22 @@ class MambaVisionCheckpointer(DetectionCheckpointer):
             self.logger.warning(
                 "Not loaded, for their sizes differ (as for other classes): %s", ", ".join(layers)
             )
-        super()._log_incompatible_keys(incompatible._replace(incorrect_shapes=[]))
+        if incompatible.unexpected_keys:
+            own = {name for name, _ in self.model.named_modules()} | {""}
+            parts = Counter(_unknown_part(name, own) for name in incompatible.unexpected_keys)
+            counts = ", ".join(f"{part} ({count})" for part, count in parts.items())
+            self.logger.warning("Not used, for the model has no such part (tensors): %s", counts)
+        super()._log_incompatible_keys(
+            incompatible._replace(incorrect_shapes=[], unexpected_keys=[])
+        )
+
+
+def _unknown_part(name: str, own: set[str]) -> str:
+    """The beginning of a parameter's name that reaches beyond the model's modules, ``own``."""
+    words = name.split(".")
+    return next(
+        part for part in (".".join(words[: i + 1]) for i in range(len(words))) if part not in own
+    )
 
 
 def _home(model: nn.Module) -> str:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from .checks import check_dataset
+from .coco_sets import read_set
 from .mappers import OpenCVDatasetMapper, OpenCVResize
 from .shapes import CLASSES, COLORS, draw_shapes, register_shapes
 
@@ -18,6 +19,7 @@ __all__ = [
     "OpenCVResize",
     "check_dataset",
     "draw_shapes",
+    "read_set",
     "register_shapes",
 ]
 

@@ -14,7 +14,16 @@ from pycocotools import mask as rle
 
 from ..errors import UserError
 
-__all__ = ["complete", "missing_images", "problems", "read", "split"]
+__all__ = [
+    "class_names",
+    "complete",
+    "is_box",
+    "missing_images",
+    "problems",
+    "read",
+    "record_problems",
+    "split",
+]
 
 SECTIONS = ("images", "annotations", "categories")
 # Of an annotation, Detectron2 needs the first four; COCO's evaluation the others.
@@ -71,6 +80,12 @@ def read(json_file: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
+def class_names(content: dict[str, Any]) -> tuple[str, ...]:
+    """The names of the categories, in the order of their ids: Detectron2's classes 0, 1, ..."""
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    return tuple(category["name"] for category in categories)
+
+
 def problems(content: dict[str, Any], image_root: str | os.PathLike | None) -> Iterator[str]:
     """Find what training or evaluation would stumble over, cheapest first.
 
@@ -83,7 +98,7 @@ def problems(content: dict[str, Any], image_root: str | os.PathLike | None) -> I
     """
     whole = True
     for section in ("categories", "images", "annotations"):
-        for problem in _records(section, content[section]):
+        for problem in record_problems(section, content[section]):
             whole = False
             yield problem
     if not content["images"]:
@@ -196,11 +211,11 @@ def _area(annotation: dict[str, Any], sizes: dict[Any, Any]) -> float | None:
             mask = rle.frPyObjects(mask, *size)
         if mask:
             return float(rle.area(mask))
-    return float(box[2] * box[3]) if box and _is_box(box) else None
+    return float(box[2] * box[3]) if box and is_box(box) else None
 
 
-def _records(section: str, records: list[Any]) -> Iterator[str]:
-    """Records that are no objects, lack a key or share an id."""
+def record_problems(section: str, records: list[Any]) -> Iterator[str]:
+    """Tell the records of a section that are no objects, lack a key or share an id."""
     seen = set()
     for i, record in enumerate(records):
         if not isinstance(record, dict):
@@ -211,12 +226,14 @@ def _records(section: str, records: list[Any]) -> Iterator[str]:
         if absent:
             remedy = "add them" if len(absent) > 1 else "add it"
             if {"area", "iscrowd"}.issuperset(absent):
-                remedy += ", or have tools/prepare_coco.py do it"
+                remedy += ", or have tools/convert_dataset.py do it"
             yield f"{label} lacks {', '.join(map(repr, absent))}; {remedy}"
         elif not isinstance(record["id"], int):
             yield f"{label} has an id that is not a whole number; number them"
         elif record["id"] in seen:
             yield f"{label} has the id of an earlier one; ids must differ"
+        elif section == "categories" and not isinstance(record["name"], str):
+            yield f"{label} has a name that is not text; put it in quotes"
         else:
             seen.add(record["id"])
 
@@ -242,7 +259,7 @@ def _annotations(
         if not isinstance(image, int) or image not in sizes:
             yield f"{label} belongs to image {image!r}, which 'images' does not list; remove it"
             continue
-        if not _is_box(annotation["bbox"]):
+        if not is_box(annotation["bbox"]):
             yield f"{label} has bbox {annotation['bbox']!r}; give [x, y, width, height] in pixels"
         if annotation.get("ignore"):
             yield f"{label} has 'ignore' set, which Detectron2 does not read; use 'iscrowd'"
@@ -256,7 +273,8 @@ def _annotations(
             yield f"{label} has no segmentation, though others have; add it, or remove them all"
 
 
-def _is_box(box: Any) -> bool:
+def is_box(box: Any) -> bool:
+    """Whether something is [x, y, width, height], four finite numbers, the sides 0 or more."""
     return isinstance(box, list) and len(box) == 4 and _are_numbers(box) and min(box[2:]) >= 0
 
 

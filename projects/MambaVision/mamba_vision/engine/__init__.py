@@ -5,6 +5,7 @@ from .drawing import draw_instances
 from .evaluation import do_test
 from .images import find_images, name_pictures, write_png
 from .machine import build_model, check_processes, fit_to_machine, launch
+from .own_data import drop_masks, fit_to_data
 from .predictor import Predictor
 from .train import do_train
 from .train_net import argument_parser, train_net
@@ -17,8 +18,10 @@ __all__ = [
     "do_test",
     "do_train",
     "draw_instances",
+    "drop_masks",
     "find_config",
     "find_images",
+    "fit_to_data",
     "fit_to_machine",
     "launch",
     "load_config",

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from .. import model_zoo
 from ..errors import UserError
 from .overrides import apply_overrides
+from .own_data import register_data_sets
 
 __all__ = ["find_config", "load_config"]
 
@@ -55,7 +56,7 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
 
     Returns:
         A config with the keys ``model``, ``dataloader``, ``optimizer``, ``lr_multiplier`` and
-        ``train``.
+        ``train``. The data sets that it lists under ``data_sets`` are registered.
 
     Raises:
         UserError: there is no such config, it cannot be run, lacks one of those keys, or an
@@ -79,6 +80,7 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
             f"config {path} does not define {_list(lacking)}; a LazyConfig defines {_list(PARTS)}"
         )
     apply_overrides(config, overrides)
+    register_data_sets(config)
     return config
 
 

@@ -10,11 +10,10 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoint.files import atomic_write
+from ..data.image_files import SUFFIXES
 from ..errors import UserError
 
 __all__ = ["find_images", "name_pictures", "write_png"]
-
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:

@@ -17,6 +17,8 @@ from ..errors import ArgumentParser, UserError
 from .config import find_config, load_config
 from .evaluation import do_test
 from .machine import build_model, check_processes, fit_to_machine, launch
+from .overrides import apply_overrides
+from .own_data import add_arguments, fit_to_data, read_own_data
 from .train import do_train
 
 __all__ = ["argument_parser", "train_net"]
@@ -27,19 +29,23 @@ examples:
   go on after a stop: %(prog)s --config-file CONFIG --num-gpus 8 --resume
   evaluate:           %(prog)s --config-file CONFIG --eval-only train.init_checkpoint=FILE
   change the config:  %(prog)s --config-file CONFIG train.max_iter=1000 optimizer.lr=1e-4
+  on your own data:   %(prog)s --config-file CONFIG --train-json FILE --train-images DIR
+                        --val-json FILE --val-images DIR
   on 2 machines:      %(prog)s ... --num-machines 2 --machine-rank {0,1} --dist-url tcp://HOST:PORT
 """
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """Detectron2's arguments for training, whose errors are :class:`UserError`."""
-    return ArgumentParser(
+    parser = ArgumentParser(
         description=description,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[default_argument_parser()],
         conflict_handler="resolve",
     )
+    add_arguments(parser)
+    return parser
 
 
 def train_net(args: argparse.Namespace) -> None:
@@ -54,7 +60,8 @@ def train_net(args: argparse.Namespace) -> None:
         UserError: an argument, a file or a data set cannot be used.
     """
     args.config_file = str(find_config(args.config_file))
-    config = load_config(args.config_file, args.opts)
+    args.own_data = read_own_data(args)
+    config, _ = _load(args)
     check_processes(args, config)
     _check_weights(args, config)
     _check_data(args, config)
@@ -63,10 +70,12 @@ def train_net(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     """One process."""
-    config = load_config(args.config_file, args.opts)
+    config, fitted = _load(args)
     words = fit_to_machine(args, config)
     default_setup(config, args)
     logger = setup_logger(config.train.output_dir, comm.get_rank(), name="mamba_vision")
+    for word in fitted:
+        logger.info(word)
     for word in words:
         logger.warning(word)
     if not args.eval_only:
@@ -76,6 +85,18 @@ def _run(args: argparse.Namespace) -> None:
     checkpointer = MambaVisionCheckpointer(model, config.train.output_dir)
     checkpointer.resume_or_load(config.train.init_checkpoint, resume=args.resume)
     do_test(config, model)
+
+
+def _load(args: argparse.Namespace) -> tuple[DictConfig, list[str]]:
+    """The config, and what was fitted in it to data of the user's own."""
+    if args.own_data is None:
+        return load_config(args.config_file, args.opts), []
+    # The passes are counted with a batch size given in opts; then all of these have the last word.
+    first = [text for text in args.opts if text.startswith("dataloader.")]
+    config = load_config(args.config_file, first)
+    words = fit_to_data(config, *args.own_data)
+    apply_overrides(config, args.opts)
+    return config, words
 
 
 def _check_weights(args: argparse.Namespace, config: DictConfig) -> None:
