@@ -7,8 +7,9 @@ import importlib.util
 import logging
 from pathlib import Path
 
+import torch
 from detectron2.config import instantiate
-from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model, hooks
+from detectron2.engine import HookBase, create_ddp_model, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import (
     CommonMetricPrinter,
@@ -17,11 +18,15 @@ from detectron2.utils.events import (
     TensorboardXWriter,
 )
 from omegaconf import DictConfig
+from torch import nn
 
 from ..checkpoint import MambaVisionCheckpointer
 from ..errors import UserError
+from .checkpoints import BestCheckpointer, PeriodicCheckpointer
 from .evaluation import do_test
-from .machine import build_model
+from .machine import autocast_dtype, build_model, scale_lr
+from .stopping import StopHook, StopSignals
+from .trainer import Trainer
 
 __all__ = ["do_train"]
 
@@ -31,9 +36,9 @@ logger = logging.getLogger(__name__)
 def do_train(args: argparse.Namespace, config: DictConfig) -> None:
     """Train the model of a config, evaluating it on the way and at the end.
 
-    With ``args.resume`` the training goes on after the newest checkpoint in ``train.output_dir``:
-    weights, optimizer, learning-rate schedule, gradient scaler and step are that checkpoint's. The
-    data are shuffled anew.
+    With ``args.resume`` the training goes on after the newest checkpoint in ``train.output_dir``,
+    as if it had never stopped: weights, optimizer, learning-rate schedule, gradient scaler, step,
+    random numbers and the place in the data are that checkpoint's.
 
     Args:
         args: ``resume`` is used.
@@ -41,39 +46,48 @@ def do_train(args: argparse.Namespace, config: DictConfig) -> None:
             start from, unless there is a checkpoint to resume.
 
     Raises:
-        UserError: the weights cannot be read, or the loss became infinite or NaN.
+        UserError: the weights cannot be read, a checkpoint cannot be written, or the training
+            cannot go on (:meth:`.trainer.Trainer.run_step`).
+        SystemExit: a signal asked to stop, and a checkpoint was written (:mod:`.stopping`).
     """
+    with StopSignals() as stop:
+        _train(args, config, stop)
+
+
+def _train(args: argparse.Namespace, config: DictConfig, stop: StopSignals) -> None:
     train = config.train
     model = build_model(config)
     logger.info("Model:\n%s", model)
+    scale_lr(config)
     config.optimizer.params.model = model
     optimizer = instantiate(config.optimizer)
     loader = instantiate(config.dataloader.train)
 
-    ddp = dict(train.get("ddp", {}))
-    if train.device == "cpu":
-        ddp["device_ids"] = None  # Detectron2 would name a GPU
-    model = create_ddp_model(model, **ddp)
-    kind = AMPTrainer if train.get("amp", {}).get("enabled", False) else SimpleTrainer
-    trainer = kind(model, loader, optimizer)
-    checkpointer = MambaVisionCheckpointer(model, train.output_dir, trainer=trainer)
-
-    main = comm.is_main_process()
-    trainer.register_hooks(
-        [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(config.lr_multiplier)),
-            hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if main else None,
-            hooks.EvalHook(train.eval_period, lambda: do_test(config, model)),
-            hooks.PeriodicWriter(_writers(config), period=train.log_period) if main else None,
-        ]
+    device_ids = None if train.device == "cpu" else [torch.cuda.current_device()]
+    model = create_ddp_model(model, **{"device_ids": device_ids} | dict(train.get("ddp", {})))
+    trainer = Trainer(
+        model,
+        loader,
+        optimizer,
+        seed=comm.shared_random_seed(),
+        accumulate=train.get("accumulate", 1),
+        dtype=autocast_dtype(config),
+        max_nonfinite=train.get("max_nonfinite", 1),
+        output_dir=train.output_dir,
+        stop_requested=lambda: stop.received is not None,
     )
+    checkpointer = MambaVisionCheckpointer(model, train.output_dir, trainer=trainer)
+    if hasattr(loader, "state_dict"):
+        checkpointer.add_checkpointable("data", loader)
+    trainer.register_hooks(_hooks(config, model, checkpointer))
 
     start = 0
     if args.resume and checkpointer.has_checkpoint():
         checkpointer.resume_or_load(train.init_checkpoint, resume=True)
         start = trainer.iter + 1
         logger.info("Resuming after step %d", start)
+        if not hasattr(loader, "state_dict"):
+            logger.warning("The data are shuffled anew: dataloader.train cannot be resumed")
     else:
         if args.resume:
             logger.warning("No checkpoint to resume in %s: starting anew", train.output_dir)
@@ -89,14 +103,37 @@ def do_train(args: argparse.Namespace, config: DictConfig) -> None:
         return
     try:
         trainer.train(start, train.max_iter)
-    except FloatingPointError as error:
-        raise UserError(
-            f"training stopped at step {trainer.iter + 1}, its loss being infinite or NaN; "
-            f"lower optimizer.lr, or check the data; {_way_on(checkpointer)}"
-        ) from error
+    except UserError as error:
+        raise UserError(f"{error}; {_way_on(checkpointer)}") from error
     except KeyboardInterrupt:
         logger.warning("Interrupted in step %d; %s", trainer.iter + 1, _way_on(checkpointer))
         raise
+    except SystemExit:
+        name = stop.received.name if stop.received else "a signal in another process"
+        logger.warning(
+            "Stopped after step %d by %s; %s", trainer.iter + 1, name, _way_on(checkpointer)
+        )
+        raise
+
+
+def _hooks(
+    config: DictConfig, model: nn.Module, checkpointer: MambaVisionCheckpointer
+) -> list[HookBase | None]:
+    """What happens between the steps, in order; writing is for the first process alone."""
+    train = config.train
+    main = comm.is_main_process()
+    best = (
+        train.get("best_metric") if train.eval_period and "evaluator" in config.dataloader else ""
+    )
+    return [
+        hooks.IterationTimer(),
+        hooks.LRScheduler(scheduler=instantiate(config.lr_multiplier)),
+        PeriodicCheckpointer(checkpointer, **train.checkpointer) if main else None,
+        StopHook(),
+        hooks.EvalHook(train.eval_period, lambda: do_test(config, model)),
+        BestCheckpointer(train.eval_period, checkpointer, best) if main and best else None,
+        hooks.PeriodicWriter(_writers(config), period=train.log_period) if main else None,
+    ]
 
 
 def _writers(config: DictConfig) -> list[EventWriter]:

@@ -16,7 +16,8 @@ from ..data import check_dataset
 from ..errors import ArgumentParser, UserError
 from .config import find_config, load_config
 from .evaluation import do_test
-from .machine import build_model, check_processes, fit_to_machine, launch
+from .launching import check_processes, launch
+from .machine import build_model, fit_to_machine
 from .train import do_train
 
 __all__ = ["argument_parser", "train_net"]
