@@ -23,6 +23,8 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     - counts the checkpoints from before ``--resume`` among those that ``max_to_keep`` limits.
     """
 
+    period: int
+
     def before_train(self) -> None:
         super().before_train()
         if self.trainer.start_iter > 0:

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoint import MambaVisionCheckpointer
+from ..data.train_loader import TrainLoader
 from ..errors import UserError
 from .checkpoints import BestCheckpointer, PeriodicCheckpointer
 from .evaluation import do_test
@@ -62,6 +63,8 @@ def _train(args: argparse.Namespace, config: DictConfig, stop: StopSignals) -> N
     config.optimizer.params.model = model
     optimizer = instantiate(config.optimizer)
     loader = instantiate(config.dataloader.train)
+    if isinstance(loader, TrainLoader):
+        loader.bad_images.limit = train.get("max_bad_images", loader.bad_images.limit)
 
     device_ids = None if train.device == "cpu" else [torch.cuda.current_device()]
     model = create_ddp_model(model, **{"device_ids": device_ids} | dict(train.get("ddp", {})))
@@ -77,7 +80,7 @@ def _train(args: argparse.Namespace, config: DictConfig, stop: StopSignals) -> N
         stop_requested=lambda: stop.received is not None,
     )
     checkpointer = MambaVisionCheckpointer(model, train.output_dir, trainer=trainer)
-    if hasattr(loader, "state_dict"):
+    if isinstance(loader, TrainLoader):
         checkpointer.add_checkpointable("data", loader)
     trainer.register_hooks(_hooks(config, model, checkpointer))
 
@@ -86,8 +89,11 @@ def _train(args: argparse.Namespace, config: DictConfig, stop: StopSignals) -> N
         checkpointer.resume_or_load(train.init_checkpoint, resume=True)
         start = trainer.iter + 1
         logger.info("Resuming after step %d", start)
-        if not hasattr(loader, "state_dict"):
-            logger.warning("The data are shuffled anew: dataloader.train cannot be resumed")
+        if not isinstance(loader, TrainLoader):
+            logger.warning(
+                "The data are shuffled anew: dataloader.train is no "
+                "mamba_vision.data.build_train_loader, and cannot go on where it was"
+            )
     else:
         if args.resume:
             logger.warning("No checkpoint to resume in %s: starting anew", train.output_dir)
