@@ -181,7 +181,7 @@ class TrainLoader:
                 batch_size=None,
                 num_workers=self._num_workers,
                 collate_fn=_as_it_is,
-                worker_init_fn=_ignore_signals,
+                worker_init_fn=_take_signals,
                 generator=torch.Generator(),  # or it would draw from the training's
                 **self._kwargs,
             )
@@ -212,6 +212,8 @@ class TrainLoader:
         code = worker.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         logger.warning("A data loader worker %s: starting the workers anew", how)
+        if worker.exitcode == -signal.SIGTERM:
+            return  # it was told to, and no image is to blame
         if not indices:
             self.bad_images.add(f"worker {worker.pid}", f"a data loader worker {how}, at no image")
         for index in indices:
@@ -313,8 +315,8 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-def _ignore_signals(worker_id: int) -> None:
-    # Whoever stops a run signals all its processes; the workers go on for the step's sake, and end
-    # with the process that started them.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def _take_signals(worker_id: int) -> None:
+    # Whoever stops a run may signal all its processes. A worker is not to end at a warning, and is
+    # to end at SIGTERM, by which its own process ends it too.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

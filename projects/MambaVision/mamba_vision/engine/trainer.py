@@ -122,6 +122,7 @@ class Trainer(SimpleTrainer):
     def after_train(self) -> None:
         """Close the hooks; what they raise does not hide why the training stopped."""
         stopped = sys.exc_info()[1] is not None
+        self._data_loader_iter_obj = None  # the workers are no longer needed
         try:
             super().after_train()
         except Exception:
