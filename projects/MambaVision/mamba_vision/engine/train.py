@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import logging
 from pathlib import Path
@@ -21,6 +22,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoint import MambaVisionCheckpointer
+from ..checkpoint.files import remove_partial_files
 from ..data.train_loader import TrainLoader
 from ..errors import UserError
 from .checkpoints import BestCheckpointer, PeriodicCheckpointer
@@ -79,6 +81,8 @@ def _train(args: argparse.Namespace, config: DictConfig, stop: StopSignals) -> N
         output_dir=train.output_dir,
         stop_requested=lambda: stop.received is not None,
     )
+    if comm.is_main_process():
+        remove_partial_files(train.output_dir)
     checkpointer = MambaVisionCheckpointer(model, train.output_dir, trainer=trainer)
     if isinstance(loader, TrainLoader):
         checkpointer.add_checkpointable("data", loader)
@@ -111,6 +115,13 @@ def _train(args: argparse.Namespace, config: DictConfig, stop: StopSignals) -> N
         trainer.train(start, train.max_iter)
     except UserError as error:
         raise UserError(f"{error}; {_way_on(checkpointer)}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"train.output_dir={train.output_dir}: {error.strerror} after step {trainer.iter + 1}; "
+            f"make room; {_way_on(checkpointer)}"
+        ) from error
     except KeyboardInterrupt:
         logger.warning("Interrupted in step %d; %s", trainer.iter + 1, _way_on(checkpointer))
         raise

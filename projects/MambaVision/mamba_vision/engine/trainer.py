@@ -32,6 +32,14 @@ __all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
+
+def _is_no_user_error(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+
+
+# Detectron2 logs the traceback of whatever ends a training; a UserError says all by itself.
+logging.getLogger(SimpleTrainer.__module__).addFilter(_is_no_user_error)
+
 Batch = list[dict[str, Any]]
 
 
