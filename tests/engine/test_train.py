@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils.env import seed_all_rng
 
 from mamba_vision.engine import do_train, load_config
 from mamba_vision.errors import UserError
@@ -20,7 +21,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "lazyconfig_train_net.py"
 def train(toy, output, *overrides, resume=False, device="cpu"):
     config = load_config(toy, [f"train.output_dir={output}", f"train.device={device}", *overrides])
     config.train.amp.enabled = device != "cpu"
-    torch.manual_seed(7)
+    seed_all_rng(config.train.seed)
     do_train(argparse.Namespace(resume=resume), config)
 
 
