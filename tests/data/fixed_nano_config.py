@@ -23,9 +23,7 @@ detector = config.model
 detector.backbone.square_pad = 320
 
 detector.proposal_generator.update(batch_size_per_image=30000, post_nms_topk=(40, 40))
-detector.roi_heads.update(
-    batch_size_per_image=1000, positive_fraction=1.0, proposal_append_gt=True
-)
+detector.roi_heads.update(batch_size_per_image=1000, positive_fraction=1.0, proposal_append_gt=True)
 for matcher in detector.roi_heads.proposal_matchers:
     matcher.thresholds = [0.1]  # so that an untrained net's proposals hit something
 

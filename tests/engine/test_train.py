@@ -133,21 +133,6 @@ def run(toy, output, *arguments):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_the_same_batch(toy, tmp_path):
-    """Gradients averaged, batch norms synchronised, results gathered from both."""
-    train(toy, tmp_path / "start", "train.max_iter=1")
-    start = f"train.init_checkpoint={tmp_path / 'start' / 'model_final.pth'}"
-    train(toy, tmp_path / "one", start)
-    result = run(toy, tmp_path / "two", "--num-gpus", "2", start)
-    assert result.returncode == 0, result.stderr
-    one, two = checkpoint(tmp_path / "one")["model"], checkpoint(tmp_path / "two")["model"]
-    for name in ("conv.weight", "norm.weight", "norm.running_mean"):
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
-    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
-    assert one == two
-
-
-@pytest.mark.slow
 def test_an_error_in_a_process_ends_in_its_own_line(toy, tmp_path):
     result = run(toy, tmp_path / "out", "--num-gpus", "2", "model.scale=nan")
     assert result.returncode == 2

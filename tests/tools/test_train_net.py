@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mamba_vision.engine.trainer import Trainer
 
 TOOLS = Path(__file__).parents[2] / "tools"

@@ -128,10 +128,7 @@ def launch(worker: Worker, args: argparse.Namespace) -> None:
     place = find_place()
     if place is not None:
         _join(place, args)
-        try:
-            worker(args)
-        finally:
-            dist.destroy_process_group()
+        _work(worker, args)
         return
     if args.num_gpus * args.num_machines < 2:
         worker(args)
@@ -139,12 +136,12 @@ def launch(worker: Worker, args: argparse.Namespace) -> None:
     with forward_signals() as stop:
         try:
             engine.launch(
-                worker,
+                _work,
                 args.num_gpus,
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                args=(args,),
+                args=(worker, args),
             )
         except ProcessExitedException as error:
             if error.exit_code == EXIT_CODE or stop.received:
@@ -172,6 +169,21 @@ def _join(place: Place, args: argparse.Namespace) -> None:
     )
     comm.create_local_process_group(place.local_size)
     comm.synchronize()
+
+
+def _work(worker: Worker, args: argparse.Namespace) -> None:
+    """Run in one of several processes, and part from the others.
+
+    A process that just ends while another is still there sometimes crashes in gloo's threads.
+    """
+    try:
+        worker(args)
+    except SystemExit:  # which all processes agreed on
+        comm.synchronize()
+        dist.destroy_process_group()
+        raise
+    comm.synchronize()
+    dist.destroy_process_group()
 
 
 def _check_batch(config: DictConfig, processes: int) -> None:
