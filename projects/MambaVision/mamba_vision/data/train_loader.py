@@ -176,7 +176,14 @@ class TrainLoader:
         tried_enough = {index for index, count in self._deaths.items() if count >= DEATHS}
         loaded = iter(
             torchdata.DataLoader(
-                _Samples(self._dataset, self._mapper, self._groups, tried_enough, at),
+                _Samples(
+                    self._dataset,
+                    self._mapper,
+                    self._groups,
+                    tried_enough,
+                    self.bad_images.limit,
+                    at,
+                ),
                 sampler=samples(),
                 batch_size=None,
                 num_workers=self._num_workers,
@@ -226,16 +233,23 @@ class _Samples(torchdata.Dataset):
     """From a sample to its mapped record, and what was wrong on the way."""
 
     def __init__(
-        self, dataset: Any, mapper: Mapper, groups: GroupSampler, bad: set[int], at: Tensor
+        self,
+        dataset: Any,
+        mapper: Mapper,
+        groups: GroupSampler,
+        bad: set[int],
+        limit: int,
+        at: Tensor,
     ) -> None:
         self._dataset = dataset
         self._mapper = mapper
         self._groups = groups
         self._bad = bad
+        self._limit = limit
         self._at = at
 
-    def __getitem__(self, sample: Sample) -> tuple[Record, list[tuple[str, str]]]:
-        problems = []
+    def __getitem__(self, sample: Sample) -> tuple[Record | None, list[tuple[str, str]]]:
+        problems: list[tuple[str, str]] = []
         for index in self._like(sample.index):
             if index in self._bad:
                 continue
@@ -248,6 +262,8 @@ class _Samples(torchdata.Dataset):
                 name = _name(record, index)
                 reason = str(error) if name in str(error) else f"{name}: {error}"
                 problems.append((name, " ".join(reason.split())))
+                if len(problems) > self._limit:
+                    return None, problems  # which stop the run
             else:
                 self._note(0)
                 return mapped, problems
