@@ -145,7 +145,8 @@ def test_no_image_is_lost_or_comes_twice_when_the_groups_change(before, after):
 def test_takes_detectron2s_other_samplers():
     factors = torch.tensor([3.0] + [1.0] * (SIZE - 1))
     sampler = RepeatFactorTrainingSampler(factors, seed=1)
-    seen = sum(ids(take(loader(sampler=sampler, aspect_ratio_grouping=False), 39)), [])
+    batches = ids(take(loader(sampler=sampler, aspect_ratio_grouping=False), 39))
+    seen = [image for batch in batches for image in batch]
     assert seen.count(0) > 2 * seen.count(1)
 
 
