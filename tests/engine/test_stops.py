@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(toy, tmp_path):
     runs = run(killed, "write", "tag", *delays)
     assert [r["code"] for r in runs[:-1]] == [-signal.SIGKILL] * 5
     assert runs[-1]["code"] == 0
-    for before, after in zip(runs, runs[1:]):
+    for before, after in pairwise(runs):
         lost = int(before["last"]) + 1 - int(after["first"])
         assert 0 <= lost <= 3  # what was not in a checkpoint yet
     equal(weights(killed), weights(whole))
@@ -273,5 +274,5 @@ def test_bad_images_are_counted_and_stop_the_run(toy, tmp_path, caplog):
     saved = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["data"]
     assert {Path(name).name for name in saved["bad_images"]} == {"1.png", "3.png"}
     assert caplog.text.count("cannot be used: ") == 2
-    with pytest.raises(UserError, match="2 training images cannot be used, more than train.max_b"):
+    with pytest.raises(UserError, match="2 training images cannot be used"):
         train(toy, tmp_path / "strict", "+train.max_bad_images=1")

@@ -27,10 +27,17 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
 
     def before_train(self) -> None:
         super().before_train()
-        if self.trainer.start_iter > 0:
-            name = re.compile(rf"{re.escape(self.file_prefix)}_\d{{7,}}\.pth")
-            files = self.checkpointer.get_all_checkpoint_files()
-            self.recent_checkpoints = sorted(f for f in files if name.fullmatch(Path(f).name))
+        if self.trainer.start_iter == 0:
+            return
+        name = re.compile(rf"{re.escape(self.file_prefix)}_(\d{{7,}})\.pth")
+        earlier = []
+        for file in self.checkpointer.get_all_checkpoint_files():
+            match = name.fullmatch(Path(file).name)
+            if match and int(match[1]) < self.trainer.start_iter:
+                earlier.append(file)
+        self.recent_checkpoints = sorted(earlier)[-(self.max_to_keep or 0) :]
+        for file in set(earlier).difference(self.recent_checkpoints):
+            self.path_manager.rm(file)  # a killed process had not come to that
 
     def after_step(self) -> None:
         period = self.period
