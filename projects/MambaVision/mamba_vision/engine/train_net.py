@@ -29,6 +29,11 @@ examples:
   evaluate:           %(prog)s --config-file CONFIG --eval-only train.init_checkpoint=FILE
   change the config:  %(prog)s --config-file CONFIG train.max_iter=1000 optimizer.lr=1e-4
   on 2 machines:      %(prog)s ... --num-machines 2 --machine-rank {0,1} --dist-url tcp://HOST:PORT
+  by a launcher:      torchrun --nproc-per-node 8 %(prog)s --config-file CONFIG
+                      srun --ntasks-per-node 8 --gres gpu:8 python %(prog)s --config-file CONFIG
+
+exit codes: 0 done; 2 a mistake, told in one line; 75 stopped by SIGTERM or SIGUSR1 after a checkpoint
+was written, --resume goes on; 130 Ctrl-C.
 """
 
 
