@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 
 import torch
 from detectron2.utils.env import seed_all_rng
@@ -68,8 +69,8 @@ def run(config_file, overrides, moment):
         try:
             do_train(argparse.Namespace(resume=True), config)
             code = 0
-        except SystemExit as stop:
-            code = stop.code
+        except Exception:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(code)

@@ -32,8 +32,8 @@ examples:
   by a launcher:      torchrun --nproc-per-node 8 %(prog)s --config-file CONFIG
                       srun --ntasks-per-node 8 --gres gpu:8 python %(prog)s --config-file CONFIG
 
-exit codes: 0 done; 2 a mistake, told in one line; 75 stopped by SIGTERM or SIGUSR1 after a checkpoint
-was written, --resume goes on; 130 Ctrl-C.
+exit codes: 0 done; 2 a mistake, told in one line; 75 stopped by SIGTERM or SIGUSR1, a checkpoint
+written, and --resume goes on; 130 Ctrl-C.
 """
 
 
