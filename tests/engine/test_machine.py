@@ -10,8 +10,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from mamba_vision.engine import build_model, fit_to_machine
-from mamba_vision.engine.machine import autocast_dtype, scale_lr
-from mamba_vision.errors import UserError
+from mamba_vision.engine.machine import scale_lr
 
 
 def arguments(**changes):
@@ -91,14 +90,3 @@ def test_the_rate_follows_the_batch(batch, on, expected):
     changed.optimizer = {"lr": 1e-4, "params": {"base_lr": "${..lr}"}}
     scale_lr(changed)
     assert changed.optimizer.lr == changed.optimizer.params.base_lr == pytest.approx(expected)
-
-
-def test_the_precision_of_mixed_precision():
-    assert autocast_dtype(config(amp=False)) is None
-    assert autocast_dtype(config()) is torch.float16
-    changed = config()
-    changed.train.amp.dtype = "bfloat16"
-    assert autocast_dtype(changed) is torch.bfloat16
-    changed.train.amp.dtype = "half"
-    with pytest.raises(UserError, match=r"train\.amp\.dtype=half; give float16 or bfloat16"):
-        autocast_dtype(changed)

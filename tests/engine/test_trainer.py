@@ -8,10 +8,13 @@ from itertools import chain
 import pytest
 import torch
 import torch.distributed as dist
+from detectron2.config import instantiate
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mamba_vision import model_zoo
 from mamba_vision.engine.trainer import Trainer
 from mamba_vision.errors import UserError
 
@@ -213,3 +216,55 @@ def test_a_checkpoint_of_mixed_precision_goes_on_without():
     again = trainer(batches(), dtype=torch.float16)
     again.load_state_dict(state)
     assert again.grad_scaler.state_dict() == mixed.grad_scaler.state_dict()
+
+
+@pytest.fixture(scope="module")
+def detector():
+    """The nano detector, and a batch of two images for it."""
+    model = instantiate(model_zoo.get_config("cascade_mask_rcnn_mamba_vision_nano_shapes").model)
+    images = []
+    for k in range(2):
+        instances = Instances((96, 128))
+        instances.gt_boxes = Boxes(torch.tensor([[16.0, 16.0, 48.0, 48.0]]))
+        instances.gt_classes = torch.tensor([k])
+        instances.gt_masks = BitMasks(torch.ones(1, 96, 128, dtype=torch.bool))
+        pixels = torch.randint(256, (3, 96, 128), dtype=torch.uint8)
+        images.append({"file_name": f"{k}.jpg", "image": pixels, "instances": instances})
+    return model, images
+
+
+@pytest.mark.parametrize(
+    "overflowing",
+    [
+        "backbone.fpn_output3",
+        "proposal_generator.rpn_head.objectness_logits",
+        "proposal_generator.rpn_head.anchor_deltas",
+        "roi_heads.box_predictor.0.bbox_pred",
+        "roi_heads.box_predictor.1.cls_score",
+        "roi_heads.mask_head.2.predictor",
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_detector_outlives_an_overflow_anywhere(detector, overflowing, value, tmp_path):
+    """Detectron2 raises where boxes are not finite; and a norm's statistics would never recover."""
+    model, images = detector
+    before = copy.deepcopy(model.state_dict())
+    trained = Trainer(
+        model,
+        iter([images]),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        seed=0,
+        max_nonfinite=9,
+        output_dir=tmp_path,
+    )
+
+    handle = model.get_submodule(overflowing).register_forward_hook(
+        lambda module, inputs, output: output + value
+    )
+    trained.train(0, 1)
+    handle.remove()
+    record = json.loads((tmp_path / "nonfinite.jsonl").read_text())
+    assert [image["file_name"] for image in record["images"]] == ["0.jpg", "1.jpg"]
+    assert {"nan", "inf"} & set(record["losses"].values())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

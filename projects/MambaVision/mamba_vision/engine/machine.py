@@ -57,14 +57,9 @@ def scale_lr(config: DictConfig) -> None:
 
     This is the linear scaling rule (arXiv:1706.02677, section 2.1). The number of steps, the
     warm-up and the weight decay stay as they are.
-
-    Raises:
-        UserError: the optimizer has no ``lr``.
     """
     if not config.train.get("auto_scale_lr", False):
         return
-    if "lr" not in config.optimizer:
-        raise UserError("train.auto_scale_lr=True, but there is no optimizer.lr; set one of them")
     batch, before = config.dataloader.train.total_batch_size, config.optimizer.lr
     config.optimizer.lr = before * batch / REFERENCE_BATCH
     logger.info(

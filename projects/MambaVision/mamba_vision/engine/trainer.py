@@ -50,7 +50,7 @@ class Trainer(SimpleTrainer):
       do not talk.
     - Every step draws its random numbers from a stream of its own (:mod:`mamba_vision.randomness`).
     - A step whose loss is infinite or NaN in any process is skipped: it is logged and written down,
-      and ``max_nonfinite`` in a row stop the run.
+      weights and batch norms' statistics stay, and ``max_nonfinite`` in a row stop the run.
     - Whether to stop, and which images could not be used, are known to all processes after a step.
 
     Args:
@@ -90,6 +90,9 @@ class Trainer(SimpleTrainer):
         self._nonfinite = 0  # steps in a row
         self._output = Path(output_dir)
         self._stop_requested = stop_requested
+        norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        self._statistics_before = [buffer.clone() for buffer in self._statistics]
 
     def run_step(self) -> None:
         """Train on the next batch.
@@ -105,6 +108,7 @@ class Trainer(SimpleTrainer):
 
         seed_all(self._seed, self.iter, comm.get_rank())
         self.optimizer.zero_grad()
+        _copy(self._statistics, self._statistics_before)
         try:
             losses = self._accumulate_gradients(data)
         except torch.OutOfMemoryError as error:
@@ -182,7 +186,8 @@ class Trainer(SimpleTrainer):
         return [bool(flag) for flag in tensor.tolist()]
 
     def _skip(self, data: Batch, losses: Mapping[str, Tensor]) -> None:
-        """Leave the weights as they are, and say of which images the loss was not finite."""
+        """Leave the model as it was, and say of which images the loss was not finite."""
+        _copy(self._statistics_before, self._statistics)
         self._nonfinite += 1
         records = comm.gather(
             {
@@ -211,6 +216,12 @@ class Trainer(SimpleTrainer):
                 f"{self._nonfinite} times in a row (train.max_nonfinite); lower optimizer.lr, or "
                 f"check the images and losses listed in {path}"
             )
+
+
+@torch.no_grad()
+def _copy(source: list[Tensor], target: list[Tensor]) -> None:
+    if source:
+        torch._foreach_copy_(target, source)
 
 
 def _size(image: Mapping[str, Any]) -> list[int]:
