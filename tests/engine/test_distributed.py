@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,12 +68,12 @@ def by_srun(arguments):
     ]
 
 
-def train(config_file, output, *overrides):
+def train(config_file, output, *overrides, resume=False):
     config = load_config(config_file, [f"train.output_dir={output}", *overrides])
     config.train.device = "cpu"
     config.train.amp.enabled = False
     seed_all_rng(config.train.seed)
-    do_train(argparse.Namespace(resume=False), config)
+    do_train(argparse.Namespace(resume=resume), config)
     return weights(output)
 
 
@@ -90,13 +91,21 @@ def assert_equal(actual, expected, tolerance):
 def test_two_processes_equal_one(toy, tmp_path, launcher):
     """Gradients averaged, batch norms synchronised, detections gathered from both."""
     overrides = ["model.jitter=2.5", "train.device=cpu"]
-    expected = train(toy, tmp_path / "one", *overrides)
-    finish(*launcher(["--config-file", toy, f"train.output_dir={tmp_path / 'two'}", *overrides]))
+    one, two, mixed = (tmp_path / name for name in ("one", "two", "mixed"))
+    expected = train(toy, one, *overrides)
+    finish(*launcher(["--config-file", toy, f"train.output_dir={two}", *overrides]))
     names = ("conv.weight", "norm.weight", "norm.running_mean")
-    assert_equal(weights(tmp_path / "two"), {n: expected[n] for n in names}, 1e-5)
-    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
-    assert one == two  # to the digit
-    assert 0 < one["bbox"]["AP"] < 100
+    expected = {name: expected[name] for name in names}
+    assert_equal(weights(two), expected, 1e-5)
+    results, shared = (json.loads((path / "results.json").read_text()) for path in (one, two))
+    assert shared == results  # to the digit
+    assert 0 < results["bbox"]["AP"] < 100
+
+    # One process goes on, after the third step, with the images that two would have taken.
+    mixed.mkdir()
+    shutil.copy(two / "model_0000002.pth", mixed)
+    (mixed / "last_checkpoint").write_text("model_0000002.pth")
+    assert_equal(train(toy, mixed, *overrides, resume=True), expected, 1e-5)
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ class Trainer(SimpleTrainer):
 
         bad = getattr(self.data_loader, "bad_images", None)
         not_finite, self.stopping, new_bad = self._anywhere(
-            not math.isfinite(sum(loss.item() for loss in losses.values())),
+            not torch.stack(list(losses.values())).isfinite().all().item(),
             self._stop_requested(),
             bad is not None and bad.has_news(),
         )
