@@ -1,6 +1,7 @@
 import copy
 import logging
 import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,28 @@ class TestSave:
         with pytest.raises(UserError, match=r"model\.pth: cannot be written: No such file"):
             checkpointer.save("model")
 
+    def test_not_the_last(self, backbone, tmp_path):
+        checkpointer = MambaVisionCheckpointer(backbone(), str(tmp_path))
+        checkpointer.save("model_0000001")
+        checkpointer.save("model_best", last=False)
+        assert (tmp_path / "model_best.pth").exists()
+        assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000001.pth")
+
+    def test_no_room(self, backbone, tmp_path):
+        """Stopped by the system amid the weights, as by a full disk."""
+        checkpointer = MambaVisionCheckpointer(backbone(), str(tmp_path))
+        checkpointer.save("model")
+        before = (tmp_path / "model.pth").read_bytes()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+        try:
+            with pytest.raises(UserError, match=r"model\.pth: cannot be written: File too large"):
+                checkpointer.save("model")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (tmp_path / "model.pth").read_bytes() == before
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model.pth"]
+
     def test_not_the_main_process(self, backbone, tmp_path):
         MambaVisionCheckpointer(backbone(), str(tmp_path), save_to_disk=False).save("model")
         assert list(tmp_path.iterdir()) == []
@@ -222,6 +245,14 @@ def test_written_files_are_as_readable_as_others(tmp_path):
     with files.atomic_write(tmp_path / "atomic") as file:
         file.write(b"x")
     assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_removes_what_a_killed_process_had_begun(tmp_path):
+    for name in (".model.pth.a1b2.partial", "model.pth", ".hidden", "mine.partial"):
+        (tmp_path / name).touch()
+    files.remove_partial_files(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden", "mine.partial", "model.pth"]
+    files.remove_partial_files(tmp_path / "gone")
 
 
 def test_unreachable_address():

@@ -1,7 +1,7 @@
 """A config that trains in milliseconds, on pictures that it draws beside itself when it is loaded.
 
 Every picture holds one white square, in one place. The toy model knows the place: its box AP and
-its mask AP are 100. It learns a single colour.
+its mask AP are 100, less if its boxes jitter. It learns a single colour.
 """
 
 import json
@@ -13,7 +13,6 @@ from detectron2.data import (
     DatasetCatalog,
     DatasetMapper,
     build_detection_test_loader,
-    build_detection_train_loader,
     get_detection_dataset_dicts,
 )
 from detectron2.data.datasets import register_coco_instances
@@ -25,10 +24,19 @@ from fvcore.common.param_scheduler import CosineParamScheduler
 from PIL import Image, ImageDraw
 from torch import nn
 
+from mamba_vision.data import build_train_loader
+
 
 class Toy(nn.Module):
-    def __init__(self, channels: int = 4, scale: float = 1.0, mean: tuple = (0.0, 0.0, 0.0)):
+    def __init__(
+        self,
+        channels: int = 4,
+        scale: float = 1.0,
+        mean: tuple = (0.0, 0.0, 0.0),
+        jitter: float = 0.0,
+    ):
         super().__init__()
+        self.jitter = jitter
         self.conv = nn.Conv2d(3, channels, 3)
         self.norm = nn.SyncBatchNorm(channels)
         self.scale = scale
@@ -43,7 +51,8 @@ class Toy(nn.Module):
         outputs = []
         for x in inputs:
             instances = Instances((x["height"], x["width"]))
-            instances.pred_boxes = Boxes(torch.tensor([[16.0, 16.0, 48.0, 48.0]]))
+            boxes = torch.tensor([[16.0, 16.0, 48.0, 48.0]]) + self.jitter * x.get("image_id", 0)
+            instances.pred_boxes = Boxes(boxes)
             instances.scores = torch.tensor([0.75])
             instances.pred_classes = torch.tensor([1])
             instances.pred_masks = torch.zeros(1, x["height"], x["width"], dtype=torch.bool)
@@ -84,8 +93,8 @@ def data_set(name, count):
 model = L(Toy)(channels=4)
 
 dataloader = {
-    "train": L(build_detection_train_loader)(
-        dataset=L(get_detection_dataset_dicts)(names=data_set("train_images", 2)),
+    "train": L(build_train_loader)(
+        dataset=L(get_detection_dataset_dicts)(names=data_set("train_images", 5)),
         mapper=L(DatasetMapper)(is_train=True, augmentations=[], image_format="RGB"),
         total_batch_size=2,
         num_workers=0,

@@ -9,8 +9,8 @@ from detectron2.utils import comm
 from omegaconf import OmegaConf
 from torch import nn
 
-from mamba_vision.engine import build_model, check_processes, fit_to_machine
-from mamba_vision.errors import UserError
+from mamba_vision.engine import build_model, fit_to_machine
+from mamba_vision.engine.machine import scale_lr
 
 
 def arguments(**changes):
@@ -33,40 +33,6 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
 
     return pretend
-
-
-@pytest.mark.parametrize(
-    ("count", "changes", "device"),
-    [
-        (0, {}, "cuda"),
-        (0, {"num_gpus": 0}, "cuda"),
-        (0, {"num_gpus": 4}, "cpu"),
-        (4, {"num_gpus": 4}, "cuda"),
-        (4, {"num_gpus": 4, "num_machines": 2, "machine_rank": 1}, "cuda"),
-    ],
-)
-def test_takes_what_the_machine_can_do(gpus, count, changes, device):
-    gpus(count)
-    check_processes(arguments(**changes), config(device))
-
-
-@pytest.mark.parametrize(
-    ("count", "changes", "batch", "message"),
-    [
-        (0, {"num_gpus": 4}, 16, "--num-gpus 4, but this machine has no GPU; leave it out"),
-        (1, {"num_gpus": 2}, 16, "--num-gpus 2, but this machine has 1 GPU; give --num-gpus 1"),
-        (2, {"num_gpus": 8}, 16, "has 2 GPUs; give --num-gpus 2"),
-        (2, {"num_gpus": -1}, 16, "--num-gpus must be 0 or more"),
-        (2, {"num_machines": 0}, 16, "--num-machines 1 or more"),
-        (2, {"num_machines": 2, "machine_rank": 2}, 16, "--machine-rank 2 must be from 0 to"),
-        (4, {"num_gpus": 4}, 6, "dataloader.train.total_batch_size=6 cannot be shared by 4"),
-        (2, {"num_gpus": 2, "num_machines": 2}, 6, "cannot be shared by 4"),
-    ],
-)
-def test_refuses_what_it_cannot(gpus, count, changes, batch, message):
-    gpus(count)
-    with pytest.raises(UserError, match=message):
-        check_processes(arguments(**changes), config(batch=batch))
 
 
 def test_falls_back_to_the_cpu_with_a_word(gpus):
@@ -113,3 +79,14 @@ def test_synchronised_norms_between_processes_on_the_cpu(monkeypatch):
     assert built.state_dict().keys() == expected.keys()
     for key, value in built.state_dict().items():
         assert torch.equal(value, expected[key])
+
+
+@pytest.mark.parametrize(
+    ("batch", "on", "expected"), [(64, True, 4e-4), (2, True, 1.25e-5), (64, False, 1e-4)]
+)
+def test_the_rate_follows_the_batch(batch, on, expected):
+    changed = config(batch=batch)
+    changed.train.auto_scale_lr = on
+    changed.optimizer = {"lr": 1e-4, "params": {"base_lr": "${..lr}"}}
+    scale_lr(changed)
+    assert changed.optimizer.lr == changed.optimizer.params.base_lr == pytest.approx(expected)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import SimpleTrainer
+
+from mamba_vision.engine.trainer import Trainer
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -149,21 +150,21 @@ def test_refuses_to_resume_without_the_newest_checkpoint(train, toy, refused):
 
 
 def test_ctrl_c_leaves_what_resume_needs(train, toy, capsys, monkeypatch):
-    step = SimpleTrainer.run_step
+    step = Trainer.run_step
 
     def stopped(trainer):
         if trainer.iter == 4:
             raise KeyboardInterrupt
         step(trainer)
 
-    monkeypatch.setattr(SimpleTrainer, "run_step", stopped)
+    monkeypatch.setattr(Trainer, "run_step", stopped)
     assert train("train.amp.enabled=false") == 130
     caught = capsys.readouterr()
     assert caught.err.splitlines()[-1] == "interrupted"
     newest = toy.parent / "output" / "model_0000002.pth"
     assert f"Interrupted in step 5; --resume goes on from {newest}" in caught.out
 
-    monkeypatch.setattr(SimpleTrainer, "run_step", step)
+    monkeypatch.setattr(Trainer, "run_step", step)
     assert train("--resume") == 0
     assert "Resuming after step 3" in capsys.readouterr().out
 

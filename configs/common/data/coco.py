@@ -5,11 +5,13 @@ import detectron2.data.transforms as T
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
+from mamba_vision.data import build_train_loader
 from mamba_vision.data.bitmasks import BitmaskMapper
 from mamba_vision.data.mappers import OpenCVDatasetMapper, OpenCVResize
 
 dataloader = model_zoo.get_config("common/data/coco.py").dataloader
 
+dataloader.train._target_ = build_train_loader  # which --resume can put back to its place
 dataloader.train.mapper.update(
     _target_=BitmaskMapper,
     image_format="RGB",

@@ -15,6 +15,7 @@ from detectron2.modeling.roi_heads import (
 
 from mamba_vision.backbone import VARIANTS as _VARIANTS
 from mamba_vision.backbone import MambaVision
+from mamba_vision.proposal_generator import RPN
 from mamba_vision.roi_heads import ClassSpecificCascadeROIHeads
 
 
@@ -41,6 +42,7 @@ model.backbone.bottom_up = bottom_up("tiny")
 
 model.proposal_generator.head.in_channels = "${...backbone.out_channels}"
 model.proposal_generator.update(
+    _target_=RPN,
     anchor_boundary_thresh=0,  # anchors that cross the image border are ignored
     smooth_l1_beta=1 / 9,
     post_nms_topk=(2000, 1000),

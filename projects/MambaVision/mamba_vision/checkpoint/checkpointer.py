@@ -55,11 +55,12 @@ class MambaVisionCheckpointer(DetectionCheckpointer):
         finally:
             self._parsed_url_during_load = None  # which the base class expects, also after an error
 
-    def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``<name>.pth`` into the checkpointer's directory and note it as the last one.
+    def save(self, name: str, *, last: bool = True, **kwargs: Any) -> None:
+        """Write ``<name>.pth`` into the checkpointer's directory.
 
         Args:
             name: the file's, without its ending.
+            last: note it as the newest, from which ``--resume`` goes on.
             **kwargs: what to keep beside the model and the checkpointer's own.
 
         Raises:
@@ -74,7 +75,8 @@ class MambaVisionCheckpointer(DetectionCheckpointer):
         self.logger.info("Saving checkpoint to %s", path)
         with atomic_write(path) as file:
             torch.save(data | kwargs, file)
-        self.tag_last_checkpoint(file_name)
+        if last:
+            self.tag_last_checkpoint(file_name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Note which file of the directory :meth:`get_checkpoint_file` is to name."""

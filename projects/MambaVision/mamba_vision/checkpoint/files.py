@@ -14,7 +14,9 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
 
-__all__ = ["atomic_write", "fetch"]
+__all__ = ["atomic_write", "fetch", "remove_partial_files"]
+
+PARTIAL = ".partial"
 
 
 def fetch(path: str | os.PathLike[str]) -> str:
@@ -62,7 +64,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     partial = None
     try:
         with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False
+            dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL, delete=False
         ) as file:
             partial = file.name
             yield file
@@ -74,11 +76,34 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         os.chmod(partial, 0o666 & ~umask)
         os.replace(partial, path)
         partial = None
-    except OSError as error:
+        _flush(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch.save's own complaint of a half-written file hides the system's
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
         raise UserError(
-            f"{path}: cannot be written: {error.strerror or error}; check the directory, its "
+            f"{path}: cannot be written: {reason.strerror or reason}; check the directory, its "
             "permissions and the free space"
         ) from error
     finally:
         if partial is not None:
             Path(partial).unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: str | os.PathLike[str]) -> None:
+    """Remove what :func:`atomic_write` had begun in a folder when its process was killed.
+
+    Nothing else may be writing there.
+    """
+    for path in Path(folder).glob(f".*{PARTIAL}"):
+        path.unlink(missing_ok=True)
+
+
+def _flush(folder: Path) -> None:
+    """Let a file's new name outlive a power cut too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -11,12 +11,14 @@ from .checks import check_dataset
 from .coco_sets import read_set
 from .mappers import OpenCVDatasetMapper, OpenCVResize
 from .shapes import CLASSES, COLORS, draw_shapes, register_shapes
+from .train_loader import build_train_loader
 
 __all__ = [
     "CLASSES",
     "COLORS",
     "OpenCVDatasetMapper",
     "OpenCVResize",
+    "build_train_loader",
     "check_dataset",
     "draw_shapes",
     "read_set",

@@ -4,7 +4,8 @@ from .config import find_config, load_config
 from .drawing import draw_instances
 from .evaluation import do_test
 from .images import find_images, name_pictures, write_png
-from .machine import build_model, check_processes, fit_to_machine, launch
+from .launching import check_processes, launch
+from .machine import build_model, fit_to_machine
 from .own_data import drop_masks, fit_to_data
 from .predictor import Predictor
 from .train import do_train

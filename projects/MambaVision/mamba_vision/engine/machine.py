@@ -1,54 +1,25 @@
-"""Fitting a run to the machine: processes, device, precision and norms."""
+"""Fitting a run to the machine: device, precision and norms."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+import logging
 
 import torch
-from detectron2 import engine
 from detectron2.config import instantiate
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
-from torch.multiprocessing.spawn import ProcessRaisedException
 
-from ..errors import UserError
+from .compilation import compile_backbone
+from .precision import precision
 
-__all__ = ["build_model", "check_processes", "fit_to_machine", "launch"]
+__all__ = ["autocast_dtype", "build_model", "fit_to_machine", "scale_lr"]
 
+logger = logging.getLogger(__name__)
 
-def check_processes(args: argparse.Namespace, config: DictConfig) -> None:
-    """Check ``--num-gpus``, ``--num-machines`` and ``--machine-rank`` against the machine.
-
-    With ``train.device=cpu``, ``--num-gpus`` is the number of processes, which then talk through
-    gloo.
-
-    Raises:
-        UserError: an argument is out of range, or asks for more GPUs than there are.
-    """
-    if args.num_gpus < 0 or args.num_machines < 1:
-        raise UserError("--num-gpus must be 0 or more and --num-machines 1 or more; change them")
-    if not 0 <= args.machine_rank < args.num_machines:
-        raise UserError(
-            f"--machine-rank {args.machine_rank} must be from 0 to --num-machines - 1 = "
-            f"{args.num_machines - 1}; change one of them"
-        )
-    found = torch.cuda.device_count()
-    wants_gpus = not str(config.train.get("device", "cuda")).startswith("cpu")
-    if args.num_gpus > max(found, 1) and (wants_gpus or found):
-        has = "no GPU" if found == 0 else f"{found} GPU" if found == 1 else f"{found} GPUs"
-        remedy = f"give --num-gpus {found}" if found else "leave it out to run on the CPU"
-        raise UserError(f"--num-gpus {args.num_gpus}, but this machine has {has}; {remedy}")
-    world_size = args.num_gpus * args.num_machines
-    batch = config.dataloader.get("train", {}).get("total_batch_size")
-    if batch is not None and world_size > 1 and batch % world_size:
-        raise UserError(
-            f"dataloader.train.total_batch_size={batch} cannot be shared by {world_size} processes "
-            f"evenly; make it a multiple of {world_size}"
-        )
+REFERENCE_BATCH = 16  # images a step, for which a config's learning rate is written
 
 
 def fit_to_machine(args: argparse.Namespace, config: DictConfig) -> list[str]:
@@ -67,8 +38,39 @@ def fit_to_machine(args: argparse.Namespace, config: DictConfig) -> list[str]:
     return words
 
 
+def autocast_dtype(config: DictConfig) -> torch.dtype | None:
+    """What ``train.amp`` lets a training compute in; ``None`` for float32 throughout.
+
+    Raises:
+        UserError: there is no such ``train.amp.dtype``.
+    """
+    amp = config.train.get("amp", {})
+    if not amp.get("enabled", False):
+        return None
+    return precision(amp.get("dtype", "fp16"), "train.amp.dtype")
+
+
+def scale_lr(config: DictConfig) -> None:
+    """With ``train.auto_scale_lr``, scale ``optimizer.lr`` by the images a step over 16, in place.
+
+    This is the linear scaling rule (arXiv:1706.02677, section 2.1). The number of steps, the
+    warm-up and the weight decay stay as they are.
+    """
+    if not config.train.get("auto_scale_lr", False):
+        return
+    batch, before = config.dataloader.train.total_batch_size, config.optimizer.lr
+    config.optimizer.lr = before * batch / REFERENCE_BATCH
+    logger.info(
+        "train.auto_scale_lr: optimizer.lr = %g x %d / %d = %g",
+        before,
+        batch,
+        REFERENCE_BATCH,
+        config.optimizer.lr,
+    )
+
+
 def build_model(config: DictConfig) -> nn.Module:
-    """The model of a config, on ``train.device``.
+    """The model of a config, on ``train.device``; ``train.compile`` compiles its backbone.
 
     ``torch.nn.SyncBatchNorm`` cannot work between processes on the CPU; there Detectron2's
     ``NaiveSyncBatchNorm``, whose state has the same names, takes its place.
@@ -76,31 +78,10 @@ def build_model(config: DictConfig) -> nn.Module:
     model = instantiate(config.model)
     if config.train.device == "cpu" and comm.get_world_size() > 1:
         model = _with_naive_sync_norms(model)
-    return model.to(config.train.device)
-
-
-def launch(worker: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Run ``worker(args)`` in as many processes as the arguments ask for.
-
-    Raises:
-        UserError: a process raised one.
-    """
-    try:
-        engine.launch(
-            worker,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-    except ProcessRaisedException as error:
-        # A process hands its error over as text: the traceback, and last the error's own line.
-        line = str(error).rstrip().rsplit("\n", 1)[-1]
-        name = f"{UserError.__module__}.{UserError.__qualname__}: "
-        if line.startswith(name):
-            raise UserError(line.removeprefix(name)) from error
-        raise
+    model = model.to(config.train.device)
+    if config.train.get("compile"):
+        compile_backbone(model)
+    return model
 
 
 def _with_naive_sync_norms(module: nn.Module) -> nn.Module:

@@ -15,11 +15,13 @@ from ..checkpoint.files import fetch
 from ..data import check_dataset
 from ..errors import ArgumentParser, UserError
 from .config import find_config, load_config
-from .evaluation import do_test
-from .machine import build_model, check_processes, fit_to_machine, launch
+from .launching import check_processes, launch
+from .machine import build_model, fit_to_machine
 from .overrides import apply_overrides
 from .own_data import add_arguments, fit_to_data, read_own_data
+from .switches import check_switches
 from .train import do_train
+from .watching import Watch
 
 __all__ = ["argument_parser", "train_net"]
 
@@ -32,6 +34,11 @@ examples:
   on your own data:   %(prog)s --config-file CONFIG --train-json FILE --train-images DIR
                         --val-json FILE --val-images DIR
   on 2 machines:      %(prog)s ... --num-machines 2 --machine-rank {0,1} --dist-url tcp://HOST:PORT
+  by a launcher:      torchrun --nproc-per-node 8 %(prog)s --config-file CONFIG
+                      srun --ntasks-per-node 8 --gres gpu:8 python %(prog)s --config-file CONFIG
+
+exit codes: 0 done; 2 a mistake, told in one line; 75 stopped by SIGTERM or SIGUSR1, a checkpoint
+written, and --resume goes on; 130 Ctrl-C.
 """
 
 
@@ -63,6 +70,7 @@ def train_net(args: argparse.Namespace) -> None:
     args.own_data = read_own_data(args)
     config, _ = _load(args)
     check_processes(args, config)
+    check_switches(config)
     _check_weights(args, config)
     _check_data(args, config)
     launch(_run, args)
@@ -83,8 +91,10 @@ def _run(args: argparse.Namespace) -> None:
         return
     model = build_model(config)
     checkpointer = MambaVisionCheckpointer(model, config.train.output_dir)
+    watch = Watch(config, checkpointer)
+    # What --resume finds may hold an average too; any other file is what is to be evaluated.
     checkpointer.resume_or_load(config.train.init_checkpoint, resume=args.resume)
-    do_test(config, model)
+    watch.test()
 
 
 def _load(args: argparse.Namespace) -> tuple[DictConfig, list[str]]:

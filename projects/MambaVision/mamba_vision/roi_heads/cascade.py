@@ -114,9 +114,10 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
         losses: dict[str, Tensor] = {}
         for k in range(self.num_cascade_stages):
             samples.append(self.label_and_sample_proposals(proposals, targets, k))
-            predictions = self._run_stage(features, samples[k], k)
+            predictions, flaw = _finite(self._run_stage(features, samples[k], k))
             with get_event_storage().name_scope(f"stage{k}"):
                 stage_losses = self.box_predictor[k].losses(predictions, samples[k])
+                stage_losses = {name: loss + flaw for name, loss in stage_losses.items()}
                 if self.mask_on:
                     stage_losses |= self._mask_losses(features, samples[k], targets, k)
             losses |= {f"{name}_stage{k}": loss for name, loss in stage_losses.items()}
@@ -205,6 +206,17 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
             [x.proposal_boxes for x in foreground],
         )
         return self.mask_head[stage](pooled, foreground)
+
+
+def _finite(predictions: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The predictions with zeros for what is not finite, and NaN if there was such, else 0.
+
+    Detectron2's boxes and losses raise an assertion at what is not finite. Here the loss tells, and
+    other processes, in the midst of the same step, do not wait for one that has raised.
+    """
+    finite = torch.stack([x.isfinite().all() for x in predictions]).all()
+    flaw = torch.where(finite, 0.0, torch.nan)
+    return tuple(x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for x in predictions), flaw
 
 
 def _mark(instances: Instances, is_ground_truth: bool) -> Instances:

@@ -1,0 +1,261 @@
+"""The training loader: its order, going on in the midst of it, and images that cannot be used."""
+
+import itertools
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import build_detection_train_loader
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.structures import BoxMode
+from detectron2.utils import comm
+
+from mamba_vision.data import build_train_loader
+from mamba_vision.data.sampling import Cursor, GroupSampler
+from mamba_vision.errors import UserError
+
+SIZE = 37
+
+
+def records():
+    return [
+        {"file_name": f"{i}.jpg", "image_id": i, "width": 30 if i % 3 else 20, "height": 25}
+        for i in range(SIZE)
+    ]
+
+
+def draw(record):
+    """What augmentation does: draw from all generators."""
+    return record | {"drawn": (random.random(), np.random.rand(), torch.rand(()).item())}  # noqa: NPY002
+
+
+def loader(mapper=draw, **options):
+    np.random.seed(5)  # noqa: NPY002  the order's seed is drawn from here
+    return build_train_loader(
+        options.pop("dataset", None) or records(),
+        mapper=mapper,
+        **{"total_batch_size": 4} | options,
+    )
+
+
+def take(batches, count):
+    return [[(x["image_id"], x["drawn"]) for x in b] for b in itertools.islice(batches, count)]
+
+
+def ids(batches):
+    return [[image for image, _ in batch] for batch in batches]
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    def pretend(rank, world_size):
+        monkeypatch.setattr(comm, "get_rank", lambda: rank)
+        monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
+
+    return pretend
+
+
+def test_one_process_sees_what_detectron2_shows_it():
+    expected = build_detection_train_loader(
+        records(), mapper=lambda x: x, sampler=TrainingSampler(SIZE, seed=8), total_batch_size=4
+    )
+    ours = loader(sampler=TrainingSampler(SIZE, seed=8))
+    shown = [[x["image_id"] for x in batch] for batch in itertools.islice(expected, 50)]
+    assert ids(take(ours, 50)) == shown
+
+
+def test_augmentation_does_not_depend_on_workers_and_leaves_other_random_numbers_alone():
+    torch.manual_seed(3)
+    alone = take(loader(num_workers=0), 20)
+    after = torch.rand(3)
+    assert take(loader(num_workers=1), 20) == take(loader(num_workers=2), 20) == alone
+    drawn = [numbers for batch in alone for _, numbers in batch]
+    assert len(set(drawn)) == 80  # the same image is augmented otherwise each time
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(3), after)
+
+
+@pytest.mark.parametrize("grouping", [True, False])
+def test_goes_on_after_any_batch(grouping):
+    whole = loader(aspect_ratio_grouping=grouping)
+    batches, states = [], []
+    for batch in itertools.islice(whole, 30):
+        batches.append([(x["image_id"], x["drawn"]) for x in batch])
+        states.append(whole.state_dict())
+    for k in (0, 1, 7, 28):
+        other = loader(aspect_ratio_grouping=grouping)
+        other._groups.seed = 0
+        other.load_state_dict(states[k])
+        assert take(other, 29 - k) == batches[k + 1 :]
+
+
+def test_goes_on_behind_what_the_workers_had_read_ahead():
+    whole = take(loader(), 12)
+    stopped = loader(num_workers=2, prefetch_factor=8)
+    take(stopped, 5)
+    resumed = loader(num_workers=1)
+    resumed.load_state_dict(stopped.state_dict())
+    assert take(resumed, 7) == whole[5:]
+
+
+def test_a_batch_is_of_one_kind_and_every_image_comes_once_an_epoch():
+    seen = []
+    for batch in ids(take(loader(), 60)):
+        assert len({image % 3 == 0 for image in batch}) == 1
+        seen += batch
+    for epoch in range(5):  # a few wait for their group, and come in the next
+        assert len(set(seen[SIZE * epoch : SIZE * (epoch + 1)])) > SIZE - 7
+    assert len(set(seen)) == SIZE
+
+
+def positions(sampler, cursor, count):
+    groups = list(itertools.islice(sampler.after(cursor), count))
+    return [s.position for group, _ in groups for s in group], groups[-1][1]
+
+
+def test_processes_share_the_groups_of_one(processes):
+    kinds = [i % 2 for i in range(SIZE)]
+
+    def sampler():
+        return GroupSampler(TrainingSampler(SIZE, seed=2), 3, kinds)
+
+    alone = list(itertools.islice(sampler().after(Cursor()), 20))
+    shared = []
+    for rank in range(2):
+        processes(rank, 2)
+        shared.append(list(itertools.islice(sampler().after(Cursor()), 10)))
+    for step, both in enumerate(zip(*shared)):
+        assert [group for group, _ in both] == [g for g, _ in alone[2 * step : 2 * step + 2]]
+        assert both[0][1] == both[1][1] == alone[2 * step + 1][1]  # all know the same place
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 2), (2, 8), (4, 4)])
+def test_no_image_is_lost_or_comes_twice_when_the_groups_change(before, after):
+    kinds = [i % 2 for i in range(SIZE)]
+    order = TrainingSampler(SIZE, seed=2)
+    first, cursor = positions(GroupSampler(order, before, kinds), Cursor(), 9)
+    then, end = positions(GroupSampler(order, after, kinds), cursor, 40)
+    seen = sorted(first + then + list(end.waiting))
+    assert seen == list(range(end.position))
+
+
+def test_takes_detectron2s_other_samplers():
+    factors = torch.tensor([3.0] + [1.0] * (SIZE - 1))
+    sampler = RepeatFactorTrainingSampler(factors, seed=1)
+    batches = ids(take(loader(sampler=sampler, aspect_ratio_grouping=False), 39))
+    seen = [image for batch in batches for image in batch]
+    assert seen.count(0) > 2 * seen.count(1)
+
+
+def unreadable(*images):
+    def mapper(record):
+        if record["image_id"] in images:
+            raise OSError("image file is truncated")
+        return draw(record)
+
+    return mapper
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_unreadable_image_is_counted_named_and_replaced(num_workers, caplog):
+    good = take(loader(), 30)
+    ours = loader(unreadable(7, 9), num_workers=num_workers)
+    found = take(ours, 30)
+    for before, now in zip(good, found):
+        for (image, _), (other, _) in zip(before, now):
+            # the next of the same orientation
+            assert other == {7: 8, 9: 12}.get(image, image)
+    assert set(ours.bad_images.found) == {"7.jpg", "9.jpg"}
+    assert "7.jpg: image file is truncated" in caplog.text
+    assert caplog.text.count("cannot be used") == 2  # once each, however often they come
+
+    again = loader(unreadable(7, 9))
+    again.load_state_dict(ours.state_dict())
+    assert set(again.bad_images.found) == {"7.jpg", "9.jpg"}
+
+
+def test_too_many_bad_images_stop():
+    ours = loader(unreadable(*range(3)), max_bad_images=2)
+    with pytest.raises(UserError, match=r"^3 training images cannot be used, .*=2, the last: "):
+        take(ours, 100)
+
+
+def test_images_that_others_found_count():
+    ours = loader(unreadable(1), max_bad_images=2)
+    take(ours, 20)
+    ours.bad_images.merge([ours.bad_images.take_news(), {"1.jpg": "x", "2.jpg": "y"}])
+    assert len(ours.bad_images.found) == 2
+    assert not ours.bad_images.has_news()
+    with pytest.raises(UserError, match="3 training images"):
+        ours.bad_images.merge([{"3.jpg": "z"}])
+
+
+def test_no_image_that_can_be_used():
+    ours = loader(unreadable(*range(SIZE)), max_bad_images=SIZE)
+    with pytest.raises(UserError, match="no image of the training set can be used, the last: "):
+        take(ours, 1)
+    with pytest.raises(UserError, match="11 training images cannot be used"):
+        take(loader(unreadable(*range(SIZE))), 1)
+
+
+def test_an_error_in_the_mapper_is_no_bad_image():
+    def broken(record):
+        raise KeyError("typo")
+
+    with pytest.raises(KeyError, match="typo"):
+        take(loader(broken), 1)
+
+
+def test_annotations_without_area_are_left_out_and_named(caplog):
+    data = records()
+    boxes = ([0, 0, 5, 5], [1, 2, 0, 4], [3, 3, 2, 0])
+    data[4]["annotations"] = [{"bbox": b, "bbox_mode": BoxMode.XYWH_ABS} for b in boxes]
+    data[6]["annotations"] = [{"bbox": [4, 4, 4, 9], "bbox_mode": BoxMode.XYXY_ABS}]
+    data[8]["annotations"] = [{"bbox": [4, 4, 1, 1], "bbox_mode": BoxMode.XYWH_ABS}]
+    kept = {}
+    ours = loader(lambda x: kept.setdefault(x["image_id"], draw(x)), dataset=data)
+    take(ours, 20)
+    assert [a["bbox"] for a in kept[4]["annotations"]] == [[0, 0, 5, 5]]
+    assert kept[6]["annotations"] == []
+    assert len(kept[8]["annotations"]) == 1
+    assert set(ours.bad_images.found) == {"4.jpg", "6.jpg"}
+    assert "4.jpg: left out 2 annotation(s) whose box has no area" in caplog.text
+    with pytest.raises(UserError, match="2 training images"):
+        take(loader(dataset=data, max_bad_images=1), 1)
+
+
+@pytest.mark.slow  # PyTorch looks after its workers every five seconds
+def test_a_worker_that_dies_costs_nothing(tmp_path, caplog):
+    """Killed once by chance; the second time at the same image, this is taken to be the cause."""
+    whole = take(loader(), 30)
+
+    def deadly(times):
+        def mapper(record):
+            if record["image_id"] == 11:
+                deaths = tmp_path / f"{times}-{len(list(tmp_path.glob(f'{times}-*')))}"
+                if int(deaths.name[2:]) < times:
+                    deaths.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return draw(record)
+
+        return mapper
+
+    once = loader(deadly(1), num_workers=1)
+    assert take(once, 30) == whole
+    assert list(once.bad_images.found) == ["11.jpg"]
+    assert "was killed by SIGKILL while it was loading it" in caplog.text
+
+    always = take(loader(deadly(9), num_workers=1), 30)
+    assert not any(image == 11 for batch in always for image, _ in batch)
+    assert len(list(tmp_path.glob("9-*"))) == 2
+
+
+def test_refuses_what_it_cannot_group_or_share(processes):
+    with pytest.raises(UserError, match="lack 'width'"):
+        loader(dataset=[{"file_name": "a.jpg"}])
+    processes(0, 3)
+    with pytest.raises(UserError, match="=4 cannot be shared by 3 processes"):
+        loader(sampler=TrainingSampler(SIZE, seed=0))
