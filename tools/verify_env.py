@@ -55,7 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args(argv)
+    # The package's own parser and errors may be what is broken.
+    if unknown := parser.parse_known_args(argv)[1]:
+        print(f"error: there is no argument {' '.join(unknown)}; see --help", file=sys.stderr)
+        return 2
     failed = 0
     for row in rows():
         print(f"{row.what:<36} {row.state:<4}  {row.found}", flush=True)
