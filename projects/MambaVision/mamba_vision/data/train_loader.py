@@ -125,7 +125,7 @@ class TrainLoader:
         """The batches from where the loader stands.
 
         Raises:
-            UserError: there are too many bad images.
+            UserError: there were too many bad images in the batches before.
         """
         self.bad_images.check()
         while True:
@@ -205,12 +205,15 @@ class TrainLoader:
         for record, problems in samples:
             for file_name, reason in problems:
                 self.bad_images.add(file_name, reason)
+            if record is None:
+                self.bad_images.check()
             batch.append(record)
             size, cursor = ahead[0]
             if len(batch) == size:
                 ahead.popleft()
                 self._cursor = cursor
                 yield batch
+                self.bad_images.check()  # a trainer may have stopped in a better way
                 batch = []
 
     def _bury(self, worker: BaseProcess, at: Tensor) -> None:
@@ -308,7 +311,7 @@ def _without_empty_boxes(records: list[Record], bad_images: BadImages) -> list[R
         if len(whole) < len(annotations):
             name = _name(record, i)
             count = len(annotations) - len(whole)
-            bad_images.note(name, f"{name}: left out {count} annotation(s) whose box has no area")
+            bad_images.add(name, f"{name}: left out {count} annotation(s) whose box has no area")
             record = record | {"annotations": whole}
         kept.append(record)
     return kept
