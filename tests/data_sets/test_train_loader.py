@@ -177,6 +177,14 @@ def test_an_unreadable_image_is_counted_named_and_replaced(num_workers, caplog):
     assert set(again.bad_images.found) == {"7.jpg", "9.jpg"}
 
 
+def test_a_mapper_may_leave_images_out():
+    ours = loader(lambda x: None if x["image_id"] == 7 else draw(x))
+    assert {image for batch in ids(take(ours, 30)) for image in batch} == {*range(SIZE)} - {7}
+    assert not ours.bad_images.found
+    with pytest.raises(UserError, match=r"no image of the training set can be used$"):
+        take(loader(lambda x: None), 1)
+
+
 def test_too_many_bad_images_stop():
     ours = loader(unreadable(*range(3)), max_bad_images=2)
     with pytest.raises(UserError, match=r"^3 bad training images, .*=2, the last: "):
@@ -252,6 +260,9 @@ def test_a_worker_that_dies_costs_nothing(tmp_path, caplog):
     always = take(loader(deadly(9), num_workers=1), 30)
     assert not any(image == 11 for batch in always for image, _ in batch)
     assert len(list(tmp_path.glob("9-*"))) == 2
+
+    with pytest.raises(UserError, match=r"1 bad training images, more than .*SIGKILL while it was"):
+        take(loader(lambda x: os.kill(os.getpid(), 9), num_workers=1, max_bad_images=0), 1)
 
 
 def test_refuses_what_it_cannot_group_or_share(processes):
