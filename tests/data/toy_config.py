@@ -34,9 +34,11 @@ class Toy(nn.Module):
         scale: float = 1.0,
         mean: tuple = (0.0, 0.0, 0.0),
         jitter: float = 0.0,
+        poison: str = "",
     ):
         super().__init__()
         self.jitter = jitter
+        self.poison = poison  # the name of an image whose loss is not finite
         self.conv = nn.Conv2d(3, channels, 3)
         self.norm = nn.SyncBatchNorm(channels)
         self.scale = scale
@@ -47,7 +49,12 @@ class Toy(nn.Module):
         images = torch.stack([x["image"].to(device).float() / 255 for x in inputs])
         values = self.norm(self.conv(images)).relu().mean((1, 2, 3))
         if self.training:
-            return {"loss_toy": self.scale * (values - 1).square().mean()}
+            losses = (values - 1).square()
+            names = [Path(x["file_name"]).name for x in inputs]
+            if self.poison in names:
+                poisoned = torch.tensor(names.index(self.poison), device=device)
+                losses = losses.index_fill(0, poisoned, torch.nan)
+            return {"loss_toy": self.scale * losses.mean()}
         outputs = []
         for x in inputs:
             instances = Instances((x["height"], x["width"]))

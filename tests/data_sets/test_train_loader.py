@@ -170,16 +170,24 @@ def test_an_unreadable_image_is_counted_named_and_replaced(num_workers, caplog):
             assert other == {7: 8, 9: 12}.get(image, image)
     assert set(ours.bad_images.found) == {"7.jpg", "9.jpg"}
     assert "7.jpg: image file is truncated" in caplog.text
-    assert caplog.text.count("cannot be used") == 2  # once each, however often they come
+    assert caplog.text.count("Bad training image") == 2  # once each, however often they come
 
     again = loader(unreadable(7, 9))
     again.load_state_dict(ours.state_dict())
     assert set(again.bad_images.found) == {"7.jpg", "9.jpg"}
 
 
+def test_a_mapper_may_leave_images_out():
+    ours = loader(lambda x: None if x["image_id"] == 7 else draw(x))
+    assert {image for batch in ids(take(ours, 30)) for image in batch} == {*range(SIZE)} - {7}
+    assert not ours.bad_images.found
+    with pytest.raises(UserError, match=r"no image of the training set can be used$"):
+        take(loader(lambda x: None), 1)
+
+
 def test_too_many_bad_images_stop():
     ours = loader(unreadable(*range(3)), max_bad_images=2)
-    with pytest.raises(UserError, match=r"^3 training images cannot be used, .*=2, the last: "):
+    with pytest.raises(UserError, match=r"^3 bad training images, .*=2, the last: "):
         take(ours, 100)
 
 
@@ -189,15 +197,16 @@ def test_images_that_others_found_count():
     ours.bad_images.merge([ours.bad_images.take_news(), {"1.jpg": "x", "2.jpg": "y"}])
     assert len(ours.bad_images.found) == 2
     assert not ours.bad_images.has_news()
-    with pytest.raises(UserError, match="3 training images"):
-        ours.bad_images.merge([{"3.jpg": "z"}])
+    ours.bad_images.merge([{"3.jpg": "z"}])
+    with pytest.raises(UserError, match="3 bad training images"):
+        ours.bad_images.check()
 
 
 def test_no_image_that_can_be_used():
     ours = loader(unreadable(*range(SIZE)), max_bad_images=SIZE)
     with pytest.raises(UserError, match="no image of the training set can be used, the last: "):
         take(ours, 1)
-    with pytest.raises(UserError, match="11 training images cannot be used"):
+    with pytest.raises(UserError, match="11 bad training images"):
         take(loader(unreadable(*range(SIZE))), 1)
 
 
@@ -223,7 +232,7 @@ def test_annotations_without_area_are_left_out_and_named(caplog):
     assert len(kept[8]["annotations"]) == 1
     assert set(ours.bad_images.found) == {"4.jpg", "6.jpg"}
     assert "4.jpg: left out 2 annotation(s) whose box has no area" in caplog.text
-    with pytest.raises(UserError, match="2 training images"):
+    with pytest.raises(UserError, match="2 bad training images"):
         take(loader(dataset=data, max_bad_images=1), 1)
 
 
@@ -251,6 +260,9 @@ def test_a_worker_that_dies_costs_nothing(tmp_path, caplog):
     always = take(loader(deadly(9), num_workers=1), 30)
     assert not any(image == 11 for batch in always for image, _ in batch)
     assert len(list(tmp_path.glob("9-*"))) == 2
+
+    with pytest.raises(UserError, match=r"1 bad training images, more than .*SIGKILL while it was"):
+        take(loader(lambda x: os.kill(os.getpid(), 9), num_workers=1, max_bad_images=0), 1)
 
 
 def test_refuses_what_it_cannot_group_or_share(processes):

@@ -89,8 +89,13 @@ def assert_equal(actual, expected, tolerance):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [by_arguments, by_torchrun, by_srun])
 def test_two_processes_equal_one(toy, tmp_path, launcher):
-    """Gradients averaged, batch norms synchronised, detections gathered from both."""
-    overrides = ["model.jitter=2.5", "train.device=cpu"]
+    """Gradients averaged, batch norms synchronised, detections gathered from both.
+
+    What one process alone meets, a loss that is not finite or a bad image, both know.
+    """
+    (toy.parent / "train_images" / "4.png").write_bytes(b"no image")
+    overrides = ["model.jitter=2.5", "model.poison=3.png", "+train.max_nonfinite=9"]
+    overrides += ["train.device=cpu"]
     one, two, mixed = (tmp_path / name for name in ("one", "two", "mixed"))
     expected = train(toy, one, *overrides)
     finish(*launcher(["--config-file", toy, f"train.output_dir={two}", *overrides]))
@@ -100,6 +105,20 @@ def test_two_processes_equal_one(toy, tmp_path, launcher):
     results, shared = (json.loads((path / "results.json").read_text()) for path in (one, two))
     assert shared == results  # to the digit
     assert 0 < results["bbox"]["AP"] < 100
+
+    skipped, both = (
+        [json.loads(line) for line in (path / "nonfinite.jsonl").read_text().splitlines()]
+        for path in (one, two)
+    )
+    steps = [record["iteration"] for record in skipped]
+    assert 0 < len(steps) < 6
+    assert [record["iteration"] for record in both] == [step for step in steps for _ in range(2)]
+    for record in both:
+        names = [Path(image["file_name"]).name for image in record["images"]]
+        assert (record["losses"] == {"loss_toy": "nan"}) == (names == ["3.png"])
+    saved = [torch.load(p / "model_final.pth", weights_only=True)["data"] for p in (one, two)]
+    assert saved[0] == saved[1]
+    assert [Path(name).name for name in saved[0]["bad_images"]] == ["4.png"]
 
     # One process goes on, after the third step, with the images that two would have taken.
     mixed.mkdir()

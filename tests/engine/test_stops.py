@@ -268,11 +268,19 @@ def test_a_loader_that_cannot_be_resumed_is_told(toy, tmp_path, caplog):
 
 
 def test_bad_images_are_counted_and_stop_the_run(toy, tmp_path, caplog):
+    """They cost no step: when there are too many, a checkpoint is written first."""
     for i in (1, 3):
         (toy.parent / "train_images" / f"{i}.png").write_bytes(b"no image")
     train(toy, tmp_path / "out")
     saved = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["data"]
     assert {Path(name).name for name in saved["bad_images"]} == {"1.png", "3.png"}
-    assert caplog.text.count("cannot be used: ") == 2
-    with pytest.raises(UserError, match="2 training images cannot be used"):
-        train(toy, tmp_path / "strict", "+train.max_bad_images=1")
+    assert caplog.text.count("Bad training image ") == 2
+
+    strict = tmp_path / "strict"
+    often = "train.checkpointer.period=100"
+    with pytest.raises(UserError, match=r"2 bad training images, .* --resume goes on from"):
+        train(toy, strict, often, "+train.max_bad_images=1")
+    with pytest.raises(UserError, match="2 bad training images"):
+        train(toy, strict, often, "+train.max_bad_images=1", resume=True)
+    train(toy, strict, often, resume=True)
+    equal(weights(strict), weights(tmp_path / "out"))

@@ -1,4 +1,4 @@
-"""Counting what cannot be trained on."""
+"""Counting training images that there is something wrong with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class BadImages:
-    """Images that could not be used, each with the reason, and how many may be.
+    """Images that could not be used as they are, each with the reason, and how many may be.
 
     Args:
         limit: more than this many are an error.
@@ -28,15 +28,6 @@ class BadImages:
         self._news: dict[str, str] = {}
 
     def add(self, file_name: str, reason: str) -> None:
-        """Note an image and check.
-
-        Raises:
-            UserError: there are more than ``limit``.
-        """
-        self.note(file_name, reason)
-        self.check()
-
-    def note(self, file_name: str, reason: str) -> None:
         """Note an image, with a warning when it is new."""
         if file_name not in self.found:
             self.found[file_name] = self._news[file_name] = reason
@@ -47,13 +38,13 @@ class BadImages:
         if len(self.found) > self.limit:
             last = list(self.found.values())[-1]
             raise UserError(
-                f"{len(self.found)} training images cannot be used, more than "
+                f"{len(self.found)} bad training images, more than "
                 f"train.max_bad_images={self.limit}, the last: {last}; mend or remove them (the "
                 "log names all), or raise train.max_bad_images"
             )
 
     def _warn(self, reason: str) -> None:
-        logger.warning("Image %d that cannot be used: %s", len(self.found), reason)
+        logger.warning("Bad training image %d: %s", len(self.found), reason)
 
     def has_news(self) -> bool:
         """Whether images were added since :meth:`take_news`."""
@@ -65,14 +56,9 @@ class BadImages:
         return news
 
     def merge(self, others: Iterable[Mapping[str, str]]) -> None:
-        """Add what other processes found.
-
-        Raises:
-            UserError: there are more than ``limit``.
-        """
+        """Add what other processes found."""
         for name, reason in itertools.chain.from_iterable(other.items() for other in others):
             if name not in self.found:
                 self.found[name] = reason
                 if comm.is_main_process():
                     self._warn(reason)
-        self.check()

@@ -125,10 +125,11 @@ class TrainLoader:
         """The batches from where the loader stands.
 
         Raises:
-            UserError: there are too many bad images.
+            UserError: there were too many bad images in the batches before.
         """
         self.bad_images.check()
         while True:
+            start = self._cursor
             at = torch.zeros(self._num_workers, 2, dtype=torch.int64)
             groups: deque[tuple[int, Cursor]] = deque()  # read ahead: size, and the place after it
             others = set(multiprocessing.active_children())
@@ -143,6 +144,8 @@ class TrainLoader:
             del samples  # with the workers that live
             for worker in dead:
                 self._bury(worker, at)
+            if self._cursor == start:  # or it might go on like this
+                self.bad_images.check()
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on after the batch that was given out last."""
@@ -205,12 +208,15 @@ class TrainLoader:
         for record, problems in samples:
             for file_name, reason in problems:
                 self.bad_images.add(file_name, reason)
+            if record is None:
+                self.bad_images.check()
             batch.append(record)
             size, cursor = ahead[0]
             if len(batch) == size:
                 ahead.popleft()
                 self._cursor = cursor
                 yield batch
+                self.bad_images.check()  # a trainer may have stopped in a better way
                 batch = []
 
     def _bury(self, worker: BaseProcess, at: Tensor) -> None:
@@ -264,10 +270,12 @@ class _Samples(torchdata.Dataset):
                 problems.append((name, " ".join(reason.split())))
                 if len(problems) > self._limit:
                     return None, problems  # which stop the run
-            else:
+                continue
+            if mapped is not None:  # a mapper may leave an image out
                 self._note(0)
                 return mapped, problems
-        raise UserError(f"no image of the training set can be used, the last: {problems[-1][1]}")
+        last = f", the last: {problems[-1][1]}" if problems else ""
+        raise UserError(f"no image of the training set can be used{last}")
 
     def _like(self, index: int) -> Iterator[int]:
         """An image and all others of its kind, in the order of the data set."""
@@ -308,7 +316,7 @@ def _without_empty_boxes(records: list[Record], bad_images: BadImages) -> list[R
         if len(whole) < len(annotations):
             name = _name(record, i)
             count = len(annotations) - len(whole)
-            bad_images.note(name, f"{name}: left out {count} annotation(s) whose box has no area")
+            bad_images.add(name, f"{name}: left out {count} annotation(s) whose box has no area")
             record = record | {"annotations": whole}
         kept.append(record)
     return kept

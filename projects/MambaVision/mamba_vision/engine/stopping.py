@@ -54,7 +54,7 @@ class StopHook(HookBase):
     def after_step(self) -> None:
         if self.trainer.stopping:
             comm.synchronize()  # until the first process has written
-            raise SystemExit(EXIT_CODE)
+            raise self.trainer.failure or SystemExit(EXIT_CODE)
 
 
 @contextmanager

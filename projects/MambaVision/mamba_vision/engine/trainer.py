@@ -51,7 +51,8 @@ class Trainer(SimpleTrainer):
     - Every step draws its random numbers from a stream of its own (:mod:`mamba_vision.randomness`).
     - A step whose loss is infinite or NaN in any process is skipped: it is logged and written down,
       weights and batch norms' statistics stay, and ``max_nonfinite`` in a row stop the run.
-    - Whether to stop, and which images could not be used, are known to all processes after a step.
+    - Whether to stop, and which images could not be used, are known to all processes after a step:
+      then ``stopping`` is set, and ``failure`` if it is for too many bad images.
 
     Args:
         model: on its device; bare or in ``DistributedDataParallel``.
@@ -83,6 +84,7 @@ class Trainer(SimpleTrainer):
         self.device = next(model.parameters()).device
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=dtype is torch.float16)
         self.stopping = False
+        self.failure: UserError | None = None
         self._seed = seed
         self._accumulate = accumulate
         self._dtype = dtype
@@ -98,8 +100,7 @@ class Trainer(SimpleTrainer):
         """Train on the next batch.
 
         Raises:
-            UserError: the GPU's memory is used up; too many losses in a row were not finite; or too
-                many images could not be used.
+            UserError: the GPU's memory is used up, or too many losses in a row were not finite.
         """
         assert self.model.training, "the model was left in eval mode"
         start = time.perf_counter()
@@ -122,6 +123,10 @@ class Trainer(SimpleTrainer):
         )
         if new_bad and bad is not None:
             bad.merge(comm.all_gather(bad.take_news()))
+            try:
+                bad.check()
+            except UserError as error:
+                self.stopping, self.failure = True, error
         if not_finite:
             self._skip(data, losses)
             return
