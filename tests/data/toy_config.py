@@ -51,7 +51,7 @@ class Toy(nn.Module):
         outputs = []
         for x in inputs:
             instances = Instances((x["height"], x["width"]))
-            boxes = torch.tensor([[16.0, 16.0, 48.0, 48.0]]) + self.jitter * x["image_id"]
+            boxes = torch.tensor([[16.0, 16.0, 48.0, 48.0]]) + self.jitter * x.get("image_id", 0)
             instances.pred_boxes = Boxes(boxes)
             instances.scores = torch.tensor([0.75])
             instances.pred_classes = torch.tensor([1])

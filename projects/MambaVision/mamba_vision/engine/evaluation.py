@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.files import atomic_write
+from .precision import autocast
 
 __all__ = ["do_test"]
 
@@ -28,22 +29,26 @@ def do_test(config: DictConfig, model: nn.Module) -> dict[str, dict[str, float]]
     that cannot be computed (NaN) is ``null``.
 
     Args:
-        config: ``dataloader.test`` and ``dataloader.evaluator`` are used; without an evaluator
-            nothing is done.
+        config: ``dataloader.test``, ``dataloader.evaluator`` and ``train.eval_amp``, the precision
+            (float32, ``"fp16"`` or ``"bf16"``), are used; without an evaluator nothing is done.
         model: on its device, bare or in ``DistributedDataParallel``; its mode is kept.
 
     Returns:
         Task to metric to value, e.g. ``results["bbox"]["AP"]`` in percent; empty in all processes
         but the first.
+
+    Raises:
+        UserError: the device does not have the precision.
     """
     if config.dataloader.get("evaluator") is None:
         return {}
     if isinstance(model, DistributedDataParallel):
         model = model.module
     _share_buffers(model)
-    results = inference_on_dataset(
-        model, instantiate(config.dataloader.test), instantiate(config.dataloader.evaluator)
-    )
+    with autocast(config.train.get("eval_amp"), next(model.parameters()).device):
+        results = inference_on_dataset(
+            model, instantiate(config.dataloader.test), instantiate(config.dataloader.evaluator)
+        )
     if comm.is_main_process():
         print_csv_format(results)
         output = Path(config.train.output_dir)

@@ -12,7 +12,8 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
-from ..errors import UserError
+from .compilation import compile_backbone
+from .precision import precision
 
 __all__ = ["autocast_dtype", "build_model", "fit_to_machine", "scale_lr"]
 
@@ -41,15 +42,12 @@ def autocast_dtype(config: DictConfig) -> torch.dtype | None:
     """What ``train.amp`` lets a training compute in; ``None`` for float32 throughout.
 
     Raises:
-        UserError: ``train.amp.dtype`` is neither float16 nor bfloat16.
+        UserError: there is no such ``train.amp.dtype``.
     """
     amp = config.train.get("amp", {})
     if not amp.get("enabled", False):
         return None
-    name = amp.get("dtype", "float16")
-    if name not in ("float16", "bfloat16"):
-        raise UserError(f"train.amp.dtype={name}; give float16 or bfloat16")
-    return getattr(torch, name)
+    return precision(amp.get("dtype", "fp16"), "train.amp.dtype")
 
 
 def scale_lr(config: DictConfig) -> None:
@@ -72,7 +70,7 @@ def scale_lr(config: DictConfig) -> None:
 
 
 def build_model(config: DictConfig) -> nn.Module:
-    """The model of a config, on ``train.device``.
+    """The model of a config, on ``train.device``; ``train.compile`` compiles its backbone.
 
     ``torch.nn.SyncBatchNorm`` cannot work between processes on the CPU; there Detectron2's
     ``NaiveSyncBatchNorm``, whose state has the same names, takes its place.
@@ -80,7 +78,10 @@ def build_model(config: DictConfig) -> nn.Module:
     model = instantiate(config.model)
     if config.train.device == "cpu" and comm.get_world_size() > 1:
         model = _with_naive_sync_norms(model)
-    return model.to(config.train.device)
+    model = model.to(config.train.device)
+    if config.train.get("compile"):
+        compile_backbone(model)
+    return model
 
 
 def _with_naive_sync_norms(module: nn.Module) -> nn.Module:

@@ -14,15 +14,16 @@ from omegaconf import DictConfig
 
 from ..checkpoint import MambaVisionCheckpointer
 from ..errors import UserError
+from .precision import autocast
 
-__all__ = ["Predictor"]
+__all__ = ["Predictor", "dataset_metadata"]
 
 
 class Predictor:
     """Detects objects in an image file, read and resized as the config's test set is.
 
     Args:
-        config: ``model`` and ``dataloader.test`` are used; it is not changed.
+        config: ``model``, ``dataloader.test`` and ``train.eval_amp`` are used; it is not changed.
         weights: what ``train.init_checkpoint`` takes.
         device: ``None`` means the GPU if there is one, else the CPU.
 
@@ -30,17 +31,19 @@ class Predictor:
         metadata: Detectron2's metadata of the test set: ``thing_classes`` and the like, if known.
 
     Raises:
-        UserError: the weights cannot be read, or there is no such device.
+        UserError: the weights cannot be read, there is no such device, or it does not have the
+            precision of ``train.eval_amp``.
     """
 
     def __init__(
         self, config: DictConfig, weights: str | Path, device: str | torch.device | None = None
     ) -> None:
-        self.metadata = _metadata(config)
+        self.metadata = dataset_metadata(config)
         self._mapper = instantiate(copy.deepcopy(config.dataloader.test.mapper))
         model = instantiate(config.model)
         MambaVisionCheckpointer(model).load(str(weights))
         self.model = model.eval().to(_device(device))
+        self._autocast = autocast(config.train.get("eval_amp"), _device(device))
 
     @torch.inference_mode()
     def __call__(self, path: str | Path) -> Instances:
@@ -64,10 +67,14 @@ class Predictor:
         except Exception as error:  # decoders raise whatever they please
             reason = str(error).split("\n", 1)[0]
             raise UserError(f"cannot read image {path}: {reason}; replace the file") from error
-        return self.model([sample])[0]["instances"].to("cpu")
+        with self._autocast:
+            found = self.model([sample])[0]["instances"].to("cpu")
+        found.scores = found.scores.float()  # numpy knows no bfloat16
+        return found
 
 
-def _metadata(config: DictConfig) -> Metadata:
+def dataset_metadata(config: DictConfig) -> Metadata:
+    """Detectron2's metadata of a config's test set; the classes are read if need be."""
     names = config.dataloader.test.dataset.names
     name = names if isinstance(names, str) else names[0]
     metadata = MetadataCatalog.get(name)

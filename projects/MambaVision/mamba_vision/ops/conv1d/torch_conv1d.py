@@ -20,6 +20,7 @@ def obstacle(*tensors: Tensor | None) -> None:
     """Runs wherever PyTorch does."""
 
 
+@torch.compiler.disable  # Compiled, its work in place would lose the gradients.
 def run(x: Tensor, weight: Tensor) -> Tensor:
     """See :func:`mamba_vision.ops.depthwise_conv1d_silu`; differentiable once."""
     return _ShiftedSum.apply(x, weight.to(x.dtype))

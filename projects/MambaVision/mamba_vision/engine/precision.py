@@ -1,0 +1,50 @@
+"""Number formats by the names that configs give them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from ..errors import UserError
+
+__all__ = ["autocast", "precision"]
+
+PRECISIONS = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def precision(name: str, key: str) -> torch.dtype:
+    """The dtype that ``"fp16"`` or ``"bf16"``, or PyTorch's own name, means.
+
+    Args:
+        name: as the user gave it.
+        key: where, for the error's sake.
+
+    Raises:
+        UserError: it is another name.
+    """
+    if name not in PRECISIONS:
+        raise UserError(f"{key}={name} is no precision; give fp16 or bf16")
+    return PRECISIONS[name]
+
+
+def autocast(
+    name: str | None, device: str | torch.device, key: str = "train.eval_amp"
+) -> AbstractContextManager:
+    """Automatic mixed precision of a name on a device; an empty name is float32, and does nothing.
+
+    Raises:
+        UserError: there is no such precision, or the device does not have it.
+    """
+    if not name:
+        return nullcontext()
+    dtype = precision(name, key)
+    try:
+        return torch.autocast(torch.device(device).type, dtype=dtype)
+    except RuntimeError as error:
+        raise UserError(f"{key}={name} cannot be used here: {error}; leave it empty") from error

@@ -1,0 +1,99 @@
+"""Precision: what its names mean, and in what a training and an evaluation compute."""
+
+import argparse
+
+import pytest
+import torch
+from detectron2.config import instantiate
+
+from mamba_vision.engine import Predictor, do_test, do_train, load_config
+from mamba_vision.engine.precision import autocast, precision
+from mamba_vision.errors import UserError
+
+
+@pytest.fixture
+def dtypes(monkeypatch):
+    """What the convolutions of a model give, as they are called."""
+    seen = []
+    forward = torch.nn.Conv2d.forward
+
+    def noted(module, x):
+        y = forward(module, x)
+        seen.append(y.dtype)
+        return y
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", noted)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("fp16", torch.float16),
+        ("bf16", torch.bfloat16),
+        ("float16", torch.float16),
+        ("bfloat16", torch.bfloat16),
+    ],
+)
+def test_names(name, dtype):
+    assert precision(name, "key") == dtype
+
+
+def test_a_device_without_it_is_told():
+    with pytest.raises(UserError, match=r"train\.eval_amp=bf16 cannot be used here"):
+        autocast("bf16", "meta")
+
+
+def test_other_names_are_refused():
+    with pytest.raises(UserError, match=r"train\.amp\.dtype=fp8 .* fp16 or bf16"):
+        precision("fp8", "train.amp.dtype")
+    with pytest.raises(UserError, match=r"train\.eval_amp=int8"):
+        autocast("int8", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype"),
+    [
+        ([], torch.float32),
+        (["+train.eval_amp="], torch.float32),
+        (["+train.eval_amp=bf16"], torch.bfloat16),
+        (["+train.eval_amp=fp16"], torch.float16),
+    ],
+)
+def test_an_evaluation_computes_in_what_is_asked_for(toy, dtypes, overrides, dtype):
+    config = load_config(toy, overrides)
+    results = do_test(config, instantiate(config.model))
+    assert dtypes == [dtype] * 3
+    assert results["bbox"]["AP"] == pytest.approx(100)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("", torch.float32), ("bf16", torch.bfloat16)])
+def test_so_does_a_predictor(toy, dtypes, name, dtype):
+    config = load_config(toy, [f"+train.eval_amp={name}"])
+    weights = toy.parent / "weights.pth"
+    torch.save({"model": instantiate(config.model).state_dict()}, weights)
+    predictor = Predictor(config, weights, "cpu")
+    for _ in range(2):
+        found = predictor(toy.parent / "test_images" / "0.png")
+        assert found.scores.dtype == torch.float32
+    assert dtypes == [dtype] * 2
+
+
+def test_so_does_an_evaluation_in_the_course_of_a_training(toy, dtypes):
+    """Which itself computes in float32."""
+    overrides = ["train.device=cpu", "train.amp.enabled=False", "train.max_iter=2"]
+    config = load_config(toy, [*overrides, "+train.eval_amp=bf16", "+train.val_loss=True"])
+    do_train(argparse.Namespace(resume=False), config)
+    assert dtypes == [torch.float32] * 2 + [torch.bfloat16] * 6  # three images, twice
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_a_training_computes_in_what_is_asked_for(toy, dtypes, name):
+    overrides = ["train.device=cpu", "train.amp.enabled=True", f"+train.amp.dtype={name}"]
+    config = load_config(toy, [*overrides, "train.max_iter=2"])
+    do_train(argparse.Namespace(resume=False), config)
+    assert dtypes == [precision(name, "")] * 2 + [torch.float32] * 3
+    saved = torch.load(toy.parent / "output" / "model_final.pth", weights_only=True)
+    assert bool(saved["trainer"]["grad_scaler"]) == (name == "fp16")  # bfloat16 needs no scaling
+    assert saved["model"]["conv.weight"].dtype == torch.float32
