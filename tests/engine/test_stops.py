@@ -224,7 +224,7 @@ def precision(monkeypatch):
     def prepare(*values):
         results = iter(values)
         monkeypatch.setattr(
-            "mamba_vision.engine.train.do_test",
+            "mamba_vision.engine.watching.do_test",
             lambda config, model: {"bbox": {"AP": next(results)}},
         )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import instantiate
-from detectron2.engine import HookBase, create_ddp_model, hooks
+from detectron2.engine import create_ddp_model, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import (
     CommonMetricPrinter,
@@ -19,17 +19,17 @@ from detectron2.utils.events import (
     TensorboardXWriter,
 )
 from omegaconf import DictConfig
-from torch import nn
 
 from ..checkpoint import MambaVisionCheckpointer
 from ..checkpoint.files import remove_partial_files
 from ..data.train_loader import TrainLoader
 from ..errors import UserError
-from .checkpoints import BestCheckpointer, PeriodicCheckpointer
-from .evaluation import do_test
+from .checkpoints import PeriodicCheckpointer
+from .hooks import StopTraining, WandbWriter
 from .machine import autocast_dtype, build_model, scale_lr
 from .stopping import StopHook, StopSignals
 from .trainer import Trainer
+from .watching import Watch
 
 __all__ = ["do_train"]
 
@@ -59,6 +59,7 @@ def do_train(args: argparse.Namespace, config: DictConfig) -> None:
 
 def _train(args: argparse.Namespace, config: DictConfig, stop: StopSignals) -> None:
     train = config.train
+    main = comm.is_main_process()
     model = build_model(config)
     logger.info("Model:\n%s", model)
     scale_lr(config)
@@ -81,12 +82,23 @@ def _train(args: argparse.Namespace, config: DictConfig, stop: StopSignals) -> N
         output_dir=train.output_dir,
         stop_requested=lambda: stop.received is not None,
     )
-    if comm.is_main_process():
+    if main:
         remove_partial_files(train.output_dir)
     checkpointer = MambaVisionCheckpointer(model, train.output_dir, trainer=trainer)
     if isinstance(loader, TrainLoader):
         checkpointer.add_checkpointable("data", loader)
-    trainer.register_hooks(_hooks(config, model, checkpointer))
+    watch = Watch(config, checkpointer)
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(config.lr_multiplier)),
+            watch.ema,
+            PeriodicCheckpointer(checkpointer, **train.checkpointer) if main else None,
+            StopHook(),
+            *watch.hooks(),
+            hooks.PeriodicWriter(_writers(config), period=train.log_period) if main else None,
+        ]
+    )
 
     start = 0
     if args.resume and checkpointer.has_checkpoint():
@@ -102,17 +114,22 @@ def _train(args: argparse.Namespace, config: DictConfig, stop: StopSignals) -> N
         if args.resume:
             logger.warning("No checkpoint to resume in %s: starting anew", train.output_dir)
         checkpointer.resume_or_load(train.init_checkpoint, resume=False)
-    if start >= train.max_iter:
+    if start >= train.max_iter or (watch.stopping and watch.stopping.exhausted):
         logger.warning(
-            "Nothing to train: %s is of step %d and train.max_iter is %d; evaluating",
+            "Nothing to train: %s is of step %d and train.max_iter is %d%s; evaluating",
             checkpointer.get_checkpoint_file(),
             start,
             train.max_iter,
+            f", and train.patience={train.patience} is used up" if start < train.max_iter else "",
         )
-        do_test(config, model)
+        watch.test()
         return
     try:
         trainer.train(start, train.max_iter)
+    except StopTraining as reason:
+        logger.info("Stopping early, after step %d: %s", trainer.iter + 1, reason)
+        if main:
+            checkpointer.save("model_final", iteration=trainer.iter)
     except UserError as error:
         raise UserError(f"{error}; {_way_on(checkpointer)}") from error
     except OSError as error:
@@ -131,26 +148,7 @@ def _train(args: argparse.Namespace, config: DictConfig, stop: StopSignals) -> N
             "Stopped after step %d by %s; %s", trainer.iter + 1, name, _way_on(checkpointer)
         )
         raise
-
-
-def _hooks(
-    config: DictConfig, model: nn.Module, checkpointer: MambaVisionCheckpointer
-) -> list[HookBase | None]:
-    """What happens between the steps, in order; writing is for the first process alone."""
-    train = config.train
-    main = comm.is_main_process()
-    best = (
-        train.get("best_metric") if train.eval_period and "evaluator" in config.dataloader else ""
-    )
-    return [
-        hooks.IterationTimer(),
-        hooks.LRScheduler(scheduler=instantiate(config.lr_multiplier)),
-        PeriodicCheckpointer(checkpointer, **train.checkpointer) if main else None,
-        StopHook(),
-        hooks.EvalHook(train.eval_period, lambda: do_test(config, model)),
-        BestCheckpointer(train.eval_period, checkpointer, best) if main and best else None,
-        hooks.PeriodicWriter(_writers(config), period=train.log_period) if main else None,
-    ]
+    watch.finish(trainer.iter)
 
 
 def _writers(config: DictConfig) -> list[EventWriter]:
@@ -160,7 +158,10 @@ def _writers(config: DictConfig) -> list[EventWriter]:
         CommonMetricPrinter(config.train.max_iter),
         JSONWriter(str(folder / "metrics.json")),
     ]
-    if importlib.util.find_spec("tensorboard") is None:
+    tensorboard = importlib.util.find_spec("tensorboard") is not None
+    if config.train.get("wandb_project"):
+        writers.append(WandbWriter(config.train, drop_pictures=not tensorboard))
+    if not tensorboard:
         logger.warning("TensorBoard is not installed: metrics go to the terminal and metrics.json")
     else:
         writers.append(TensorboardXWriter(str(folder)))

@@ -15,10 +15,11 @@ from ..checkpoint.files import fetch
 from ..data import check_dataset
 from ..errors import ArgumentParser, UserError
 from .config import find_config, load_config
-from .evaluation import do_test
 from .launching import check_processes, launch
 from .machine import build_model, fit_to_machine
+from .switches import check_switches
 from .train import do_train
+from .watching import Watch
 
 __all__ = ["argument_parser", "train_net"]
 
@@ -62,6 +63,7 @@ def train_net(args: argparse.Namespace) -> None:
     args.config_file = str(find_config(args.config_file))
     config = load_config(args.config_file, args.opts)
     check_processes(args, config)
+    check_switches(config)
     _check_weights(args, config)
     _check_data(args, config)
     launch(_run, args)
@@ -80,8 +82,10 @@ def _run(args: argparse.Namespace) -> None:
         return
     model = build_model(config)
     checkpointer = MambaVisionCheckpointer(model, config.train.output_dir)
+    watch = Watch(config, checkpointer)
+    # What --resume finds may hold an average too; any other file is what is to be evaluated.
     checkpointer.resume_or_load(config.train.init_checkpoint, resume=args.resume)
-    do_test(config, model)
+    watch.test()
 
 
 def _check_weights(args: argparse.Namespace, config: DictConfig) -> None:
