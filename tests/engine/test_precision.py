@@ -68,6 +68,14 @@ def test_an_evaluation_computes_in_what_is_asked_for(toy, dtypes, overrides, dty
     assert not torch.is_autocast_enabled("cpu")
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_so_does_one_on_a_gpu(toy, dtypes, name):
+    config = load_config(toy, [f"+train.eval_amp={name}"])
+    do_test(config, instantiate(config.model).cuda())
+    assert dtypes == [precision(name, "")] * 3
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("", torch.float32), ("bf16", torch.bfloat16)])
 def test_so_does_a_predictor(toy, dtypes, name, dtype):
     config = load_config(toy, [f"+train.eval_amp={name}"])

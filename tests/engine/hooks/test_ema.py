@@ -1,5 +1,6 @@
 """The average of the weights: its numbers, its files, and what is evaluated."""
 
+import copy
 import shutil
 
 import pytest
@@ -28,6 +29,23 @@ def test_a_hand_computed_average():
         averages.append(ema.model.weight.item())
         assert ema.model.running_mean.item() == step  # copied, not averaged
     assert averages == pytest.approx([1, 3.25, 6.575, 7.5725])
+
+
+@pytest.mark.cuda
+def test_an_average_on_a_gpu_equals_one_on_the_cpu():
+    torch.manual_seed(0)
+    steps = [torch.randn(3, 4) for _ in range(5)]
+    linear, averages = nn.Linear(4, 3), []
+    for device in ("cpu", "cuda"):
+        model = copy.deepcopy(linear).to(device)
+        ema = EMA(model, decay=0.9)
+        ema.before_train()
+        for weight in steps:
+            model.weight.data.copy_(weight)
+            ema.after_step()
+        assert ema.model.weight.device.type == device
+        averages.append(ema.model.weight.data.cpu())
+    torch.testing.assert_close(averages[1], averages[0])
 
 
 def test_in_training_it_is_the_average_of_the_weights_after_each_step(train, read):

@@ -19,7 +19,8 @@ NANO = "cascade_mask_rcnn_mamba_vision_nano_shapes"
 
 def random_states():
     numpy = np.random.get_state()  # noqa: NPY002 - the generator that Detectron2 draws from
-    return random.getstate(), numpy[1].tolist(), numpy[2], torch.get_rng_state().tolist()
+    gpu = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
+    return random.getstate(), numpy[1].tolist(), numpy[2], torch.get_rng_state().tolist(), gpu
 
 
 @pytest.fixture
@@ -51,8 +52,10 @@ def test_is_the_mean_over_the_images(toy):
     assert losses == pytest.approx(dict.fromkeys(("total_loss", "loss_toy"), np.mean(expected)))
 
 
-def test_nothing_changes(detector):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_nothing_changes(detector, device):
     config, model = detector
+    model.to(device)
     model.backbone.bottom_up.levels[0].eval()
     state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
     before = random_states()

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoint.files import atomic_write
 from .precision import autocast
 
-__all__ = ["do_test"]
+__all__ = ["do_test", "share_buffers"]
 
 
 def do_test(config: DictConfig, model: nn.Module) -> dict[str, dict[str, float]]:
@@ -44,7 +44,7 @@ def do_test(config: DictConfig, model: nn.Module) -> dict[str, dict[str, float]]
         return {}
     if isinstance(model, DistributedDataParallel):
         model = model.module
-    _share_buffers(model)
+    share_buffers(model)
     with autocast(config.train.get("eval_amp"), next(model.parameters()).device):
         results = inference_on_dataset(
             model, instantiate(config.dataloader.test), instantiate(config.dataloader.evaluator)
@@ -58,7 +58,7 @@ def do_test(config: DictConfig, model: nn.Module) -> dict[str, dict[str, float]]
     return results
 
 
-def _share_buffers(model: nn.Module) -> None:
+def share_buffers(model: nn.Module) -> None:
     """Give every process the first one's buffers: what is evaluated is what is saved.
 
     In training each process moves its own batch norms' running statistics.

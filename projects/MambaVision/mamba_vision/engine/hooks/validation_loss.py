@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from ...errors import UserError
 from ...randomness import seed_all, seeded
+from ..evaluation import share_buffers
 from ..precision import autocast
 
 __all__ = ["validation_loss"]
@@ -31,7 +32,7 @@ def validation_loss(config: DictConfig, model: nn.Module) -> dict[str, float]:
     statistics and nothing is dropped. What else is random, as the proposals that a loss is computed
     of, is drawn from the same numbers for each image, so that equal weights have equal losses, on
     however many processes. Nothing of the training changes: neither the model nor the state of its
-    random numbers.
+    random numbers; but processes take over the first one's running statistics, as in testing.
 
     Args:
         config: ``dataloader`` and ``train.eval_amp`` are used.
@@ -46,9 +47,10 @@ def validation_loss(config: DictConfig, model: nn.Module) -> dict[str, float]:
     sums: dict[str, float] = defaultdict(float)
     images = 0
     device = next(model.parameters()).device
+    share_buffers(model)
     with (
         seeded(0),
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []),
         _evaluated_layers(model),
         torch.no_grad(),
         autocast(config.train.get("eval_amp"), device),
