@@ -30,4 +30,4 @@ def compile_backbone(model: nn.Module) -> None:
     limit = VERSIONS * len(blocks)
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, limit)
     for block in blocks:
-        block.compile(dynamic=True)
+        block.compile()
