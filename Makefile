@@ -10,6 +10,10 @@ SCENES := $(or $(DETECTRON2_DATASETS),datasets)/shapes/val/images
 # tools/setup.sh reads these; where PYTHON, TORCH and DETECTRON2 are not set, it chooses.
 export VENV
 
+# Threads that wait for each other sleep: by default they spin, and on a CPU that other work shares
+# a step of training then takes ten times as long.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format clean
 
