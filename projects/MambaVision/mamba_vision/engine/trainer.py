@@ -117,7 +117,7 @@ class Trainer(SimpleTrainer):
 
         bad = getattr(self.data_loader, "bad_images", None)
         not_finite, self.stopping, new_bad = self._anywhere(
-            not torch.stack(list(losses.values())).isfinite().all().item(),
+            not torch.stack([loss.float() for loss in losses.values()]).isfinite().all().item(),
             self._stop_requested(),
             bad is not None and bad.has_news(),
         )
