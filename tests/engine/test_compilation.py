@@ -73,7 +73,9 @@ def test_equals_the_plain_one(monkeypatch, activation_checkpointing):
 
 @pytest.mark.cuda
 @pytest.mark.slow
-def test_equals_the_plain_one_on_a_gpu():
+def test_equals_the_plain_one_on_a_gpu(monkeypatch):
+    # TensorFloat-32 would round the two, whose convolutions cuDNN may choose differently, by 1e-3.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     compare("cuda", [(128, 192), (192, 128), (256, 256)])
 
 

@@ -68,8 +68,9 @@ def measures(backend, inputs, weights):
     """What the backend's roundings are to be measured by, where it is not the result itself.
 
     mamba-ssm takes the decayed state, exp(delta_t A) h_(t-1), as h_t - delta_t B_t u_t,
-    so its gradient of A carries roundings of h_t: the measure is the sum over t of
-    |delta_t dL/dh_t h_t|, which the true gradient can be far below.
+    so its gradients of A and of the step size carry roundings of h_t: their measures are the sums
+    over t of |delta_t dL/dh_t h_t| and over t and n of |A dL/dh_t h_t|, which the true gradients
+    can be far below.
     """
     if backend != "mamba_ssm":
         return {}
@@ -80,12 +81,16 @@ def measures(backend, inputs, weights):
     states, state = [], torch.zeros_like(drives[:, 0])
     for decay, drive in zip(decays.unbind(1), drives.unbind(1)):
         states.append(state := decay * state + drive)
-    total, adjoint = 0, torch.zeros_like(state)
+    of_A, of_bias, adjoint = 0, 0, torch.zeros_like(state)
     for t in reversed(range(len(states))):
         adjoint = reads[:, t] + adjoint
-        total = total + (delta[:, t, :, None] * adjoint * states[t]).abs()
+        of_A = of_A + (delta[:, t, :, None] * adjoint * states[t]).abs()
+        of_bias = of_bias + (A * adjoint * states[t]).abs().sum(-1)
         adjoint = decays[:, t] * adjoint
-    return {"gradient of A": total.sum(0).max()}
+    return {
+        "gradient of A": of_A.sum(0).max(),
+        "gradient of delta_bias": of_bias.sum(0).max(),
+    }
 
 
 def same(device, result, expected):
