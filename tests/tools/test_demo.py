@@ -92,7 +92,10 @@ def test_names_are_unique_and_never_an_inputs(demo, toy):
         "1-3.png",
         "1-4.png",
         "1.png",
+        "2-2.png",
         "2.png",
+        "3.png",
+        "4.png",
     ]
     assert (pictures / "1.png").read_bytes() == original
 
