@@ -46,7 +46,7 @@ train.update(
     max_iter=800,
     eval_period=0,
     log_period=20,
-    seed=1,  # so that it ends alike everywhere
+    seed=1,  # the same order and samples in every run
     device="cuda" if _torch.cuda.is_available() else "cpu",
 )
 train.amp.enabled = False

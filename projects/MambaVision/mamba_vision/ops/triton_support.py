@@ -12,13 +12,23 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["DTYPES", "copy", "define", "obstacle", "on_device_of", "rows"]
+__all__ = ["DTYPES", "copy", "define", "distance", "obstacle", "on_device_of", "rows"]
 
 logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-OLDEST_TRITON = (3, 3)  # the first whose loops carry tuples
+OLDEST_TRITON = "3.3"  # the first whose loops carry tuples
 OLDEST_GPU = (8, 0)  # Ampere: the first with bfloat16 in hardware
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version.split(".")[:2])
+
+
+if _numbers(triton.__version__) < _numbers(OLDEST_TRITON):
+    raise ImportError(
+        f"it needs Triton {OLDEST_TRITON} or newer, as PyTorch 2.7 has it, not {triton.__version__}"
+    )
 
 
 def obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], **sizes: int) -> str | None:
@@ -35,13 +45,6 @@ def obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], **sizes: int
 def _obstacle_of_machine(device: torch.device) -> str | None:
     if torch.version.hip:
         return "it was written for NVIDIA's GPUs"
-    version = tuple(int(number) for number in triton.__version__.split(".")[:2])
-    if version < OLDEST_TRITON:
-        oldest = ".".join(map(str, OLDEST_TRITON))
-        return (
-            f"it needs Triton {oldest} or newer, which comes with PyTorch 2.7, "
-            f"not {triton.__version__}"
-        )
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_GPU:
         return (
