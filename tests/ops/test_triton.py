@@ -140,6 +140,21 @@ def window_stage(dim, dtype=torch.float32, **options):
     return stage.to(DEVICE, dtype)
 
 
+def test_the_operators_compile_whole(monkeypatch):
+    for module in (triton_scan, triton_conv1d):
+        monkeypatch.setattr(module, "obstacle", lambda *_, **__: None)
+    u, delta, A, B, C, D, bias = (x.to(DEVICE) for x in draw_scan(1, 5, 3, 2))
+    weight = torch.randn(3, 3, device=DEVICE)
+
+    def both(u, weight):
+        u = depthwise_conv1d_silu(u, weight, backend="triton")
+        return selective_scan(u, delta, A, B, C, D, bias)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(u, weight), both(u, weight))
+
+
 @pytest.mark.slow
 def test_a_window_stage_compiles_whole(monkeypatch):
     """No graph break, and equal numbers; here too the choice falls on Triton."""

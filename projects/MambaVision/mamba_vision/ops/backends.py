@@ -17,6 +17,7 @@ import functools
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, cast
@@ -63,7 +64,8 @@ class Backends:
 
     def choose(self, asked: str | None, *tensors: Tensor | None, **sizes: int) -> Backend:
         """Return the backend called :meth:`name_for`, which raises what that raises."""
-        return cast(Backend, _load(self.modules[self.name_for(asked, *tensors, **sizes)]))
+        name = self.name_for(asked, *tensors, **sizes)
+        return cast(Backend, sys.modules[self.modules[name]])
 
     def name_for(self, asked: str | None, *tensors: Tensor | None, **sizes: int) -> str:
         """Return the name of the backend to use on ``tensors`` (the operator's).
