@@ -24,20 +24,14 @@ def seed_all(*key: int) -> None:
     Args:
         *key: numbers from 0 on that together name the stream, the run's seed first.
     """
-    seeds = _seeds(*key)
-    random.seed(seeds[0])
-    np.random.seed(seeds[1])
-    torch.manual_seed(seeds[2])
+    torch.manual_seed(_seed_others(*key))
 
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
     """As :func:`seed_all` for the generators on the CPU, which are put back on leaving."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seeds = _seeds(*key)
-    random.seed(seeds[0])
-    np.random.seed(seeds[1])
-    torch.default_generator.manual_seed(seeds[2])
+    torch.default_generator.manual_seed(_seed_others(*key))
     try:
         yield
     finally:
@@ -46,5 +40,9 @@ def seeded(*key: int) -> Iterator[None]:
         torch.set_rng_state(cpu)
 
 
-def _seeds(*key: int) -> list[int]:
-    return np.random.SeedSequence(key).generate_state(3, np.uint32).tolist()
+def _seed_others(*key: int) -> int:
+    """Seed the generators of Python and numpy; returns the seed for torch's."""
+    python, numpy, torch_ = np.random.SeedSequence(key).generate_state(3, np.uint32).tolist()
+    random.seed(python)
+    np.random.seed(numpy)
+    return torch_

@@ -18,7 +18,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -81,14 +81,12 @@ class Backends:
         Raises:
             UserError: the backend asked for is unknown, not installed, or cannot take the tensors.
         """
-        given = [x for x in tensors if x is not None]
-        dtypes = tuple(x.dtype for x in given)
-        return _name(self.operator, asked, given[0].device, dtypes, tuple(sizes.items()))
+        return _name(self.operator, asked, *_kind(tensors), tuple(sizes.items()))
 
     def obstacle(self, name: str, *tensors: Tensor | None, **sizes: int) -> str | None:
         """Return why the backend called ``name`` cannot be used on ``tensors``, None if it can."""
-        given = [x for x in tensors if x is not None]
-        return self._obstacle(name, given[0].device, tuple(x.dtype for x in given), **sizes)
+        device, dtypes = _kind(tensors)
+        return self._obstacle(name, device, dtypes, **sizes)
 
     def _obstacle(self, name: str, device: torch.device, dtypes, **sizes: int) -> str | None:
         backend = _load(self.modules[name])
@@ -128,6 +126,12 @@ class Backends:
 
 
 _OPERATORS: dict[str, Backends] = {}
+
+
+def _kind(tensors: Sequence[Tensor | None]) -> tuple[torch.device, tuple[torch.dtype, ...]]:
+    """Device and dtypes of the tensors that are there."""
+    given = [x for x in tensors if x is not None]
+    return given[0].device, tuple(x.dtype for x in given)
 
 
 @torch.compiler.assume_constant_result  # a compiled model keeps the choice made while compiling

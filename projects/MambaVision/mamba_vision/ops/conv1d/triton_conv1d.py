@@ -61,15 +61,16 @@ def backward(
     """
     batch, length, width = x.shape
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dweight = x.new_zeros((3, width), dtype=torch.float32)
-    if x.numel():
-        parts = dweight.new_empty(batch * triton.cdiv(length, CHUNK), *dweight.shape)
-        first, last = douts[0], douts[-1]
-        _launch(
-            kernels.convolve_back, x, weights[0], weights[-1], first, last, dx, parts,
-            length, first.shape[2], width, *map(support.distance, (x, first, last, dx)),
-        )  # fmt: skip
-        sum_parts(parts, dweight)
+    dweight = x.new_empty((3, width), dtype=torch.float32)
+    if not x.numel():
+        return dx, dweight.zero_().t()
+    parts = dweight.new_empty(batch * triton.cdiv(length, CHUNK), *dweight.shape)
+    first, last = douts[0], douts[-1]
+    _launch(
+        kernels.convolve_back, x, weights[0], weights[-1], first, last, dx, parts,
+        length, first.shape[2], width, *map(support.distance, (x, first, last, dx)),
+    )  # fmt: skip
+    sum_parts(parts, dweight)
     return dx, dweight.t()
 
 

@@ -62,6 +62,15 @@ class _Sizes:
     def scalars(self) -> tuple[int, int, int]:
         return self.length, self.width, self.chunks
 
+    def options(self, delta_bias: Tensor | None, delta_softplus: bool) -> dict[str, int]:
+        return {
+            "N": self.states,
+            "T": CHUNK,
+            "SOFTPLUS": delta_softplus,
+            "BIAS": delta_bias is not None,
+            "num_warps": 1,
+        }
+
     def chunk_states(self, u: Tensor) -> Tensor:
         make = u.new_zeros if self.chunks == 1 else u.new_empty
         shape = (self.batch, self.chunks, self.states, self.width)
@@ -107,14 +116,7 @@ def forward(
     """
     sizes = _Sizes(u, A)
     starts = sizes.chunk_states(u)
-    options = {
-        "N": sizes.states,
-        "T": CHUNK,
-        "S": STRIDE,
-        "num_warps": 1,
-        "SOFTPLUS": delta_softplus,
-        "BIAS": delta_bias is not None,
-    }
+    options = sizes.options(delta_bias, delta_softplus)
     rows = tuple(map(support.distance, (u, delta, B)))
     if not u.numel():
         return starts
@@ -122,12 +124,13 @@ def forward(
         if sizes.chunks > 1:
             totals = sizes.totals(u)
             kernels.scan_chunks[sizes.grid(sizes.chunks - 1)](
-                u, delta, A, B, C, delta_bias, starts, totals, *sizes.scalars, *rows, **options
-            )
+                u, delta, A, B, C, delta_bias, starts, totals, *sizes.scalars, *rows,
+                S=STRIDE, **options,
+            )  # fmt: skip
             sizes.join(starts, totals, A, reverse=False)
         kernels.scan_outputs[sizes.grid(sizes.chunks)](
             u, delta, A, B, C, D, delta_bias, starts, y, *sizes.scalars, *rows, support.distance(y),
-            SKIP=D is not None, **options,
+            S=STRIDE, SKIP=D is not None, **options,
         )  # fmt: skip
     return starts
 
@@ -158,16 +161,10 @@ def backward(
     """
     sizes = _Sizes(u, A)
     du, ddelta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta))
-    dweights = u.new_zeros((sizes.states + 2, sizes.width), dtype=torch.float32)
-    options = {
-        "N": sizes.states,
-        "T": CHUNK,
-        "num_warps": 1,
-        "SOFTPLUS": delta_softplus,
-        "BIAS": delta_bias is not None,
-    }
+    dweights = u.new_empty((sizes.states + 2, sizes.width), dtype=torch.float32)
+    options = sizes.options(delta_bias, delta_softplus)
     if not u.numel():
-        return du, ddelta, dweights
+        return du, ddelta, dweights.zero_()
     rows = tuple(map(support.distance, (u, delta, B, dy)))
     carries = sizes.chunk_states(u)
     BC_parts = carries.new_empty(sizes.blocks, *dBC.shape)
