@@ -68,8 +68,9 @@ def compare(judge, maps, places, scales, size, device, layout=torch.channels_las
     weights = torch.randn(len(places[0]), maps[0].shape[1], size, size).to(maps[0].dtype)
 
     def outcome(dtype):
-        wide = [x.to(dtype) for x in maps]
-        return differentiate(lambda maps: by_level(maps, *places, scales, size), wide, weights)
+        wide = [x.to(DEVICE, dtype) for x in maps]
+        there = [x.to(DEVICE) for x in places]
+        return differentiate(lambda maps: by_level(maps, *there, scales, size), wide, weights)
 
     there = [x.to(device) for x in places]
     results = differentiate(

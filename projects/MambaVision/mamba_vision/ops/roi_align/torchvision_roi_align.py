@@ -30,7 +30,7 @@ def run(
         if rois.is_cuda:
             # To count a level's boxes the host would have to wait. Emptied, the others have no
             # samples: they cost next to nothing and give zeros.
-            emptied = rois.where(own[:, None], 0.0)
+            emptied = rois.masked_fill(~own[:, None], 0.0)
             pooled += roi_align(feature, emptied, output_size, scale, 0, aligned=True)
         else:
             which = own.nonzero(as_tuple=True)
