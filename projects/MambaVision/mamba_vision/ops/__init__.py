@@ -1,4 +1,4 @@
-"""The operators of the MambaVision mixer that PyTorch does not have, in (B, L, D) layout.
+"""The operators of MambaVision's window stages that PyTorch does not have, in (B, L, D) layout.
 
 Shape legend, used in every file below:
 
@@ -11,6 +11,7 @@ Shape legend, used in every file below:
 ``depthwise_conv1d_silu``   a 'same' convolution of width 3 along L, then SiLU (arXiv:2407.08083,
                             equation 6)
 ``mamba_inner``             both, with the projections between them
+``add_layer_norm``          a residual connection and the LayerNorm after it, in one pass
 
 Each operator is a folder: its ``__init__`` holds the public function, ``reference.py`` the
 definition, and each further file one faster backend; ``backends.py`` chooses among them.
@@ -18,6 +19,7 @@ definition, and each further file one faster backend; ``backends.py`` chooses am
 
 from .conv1d import depthwise_conv1d_silu
 from .inner import mamba_inner
+from .layer_norm import add_layer_norm
 from .selective_scan import selective_scan
 
-__all__ = ["depthwise_conv1d_silu", "mamba_inner", "selective_scan"]
+__all__ = ["add_layer_norm", "depthwise_conv1d_silu", "mamba_inner", "selective_scan"]
