@@ -132,8 +132,10 @@ def window_stage(dim, dtype=torch.float32, **options):
         downsample=True,
         **{
             "activation_checkpointing": False,
+            "skip_padding": True,
             "scan_backend": None,
             "conv_backend": None,
+            "norm_backend": None,
             **options,
         },
     )

@@ -1,6 +1,6 @@
-"""The operators that PyTorch does not have: those of the MambaVision mixer, and one of the heads.
+"""The operators that PyTorch does not have: those of the window stages, and one of the heads.
 
-Shape legend of the mixer's, which take (B, L, D):
+Shape legend of those of the window stages, which take (B, L, D):
 
     B   batch: windows (or whole maps) scanned side by side
     L   tokens of a sequence, row by row over a window
@@ -11,6 +11,7 @@ Shape legend of the mixer's, which take (B, L, D):
 ``depthwise_conv1d_silu``   a 'same' convolution of width 3 along L, then SiLU (arXiv:2407.08083,
                             equation 6)
 ``mamba_inner``             both, with the projections between them
+``add_layer_norm``          a residual connection and the LayerNorm after it, in one pass
 ``multi_level_roi_align``   RoIAlign over the levels of a feature pyramid (arXiv:1703.06870, section
                             3); its folder has its shape legend
 
@@ -20,7 +21,14 @@ definition, and each further file one faster backend; ``backends.py`` chooses am
 
 from .conv1d import depthwise_conv1d_silu
 from .inner import mamba_inner
+from .layer_norm import add_layer_norm
 from .roi_align import multi_level_roi_align
 from .selective_scan import selective_scan
 
-__all__ = ["depthwise_conv1d_silu", "mamba_inner", "multi_level_roi_align", "selective_scan"]
+__all__ = [
+    "add_layer_norm",
+    "depthwise_conv1d_silu",
+    "mamba_inner",
+    "multi_level_roi_align",
+    "selective_scan",
+]
