@@ -15,7 +15,7 @@ from detectron2.modeling.roi_heads import (
 
 from mamba_vision.backbone import VARIANTS as _VARIANTS
 from mamba_vision.backbone import MambaVision
-from mamba_vision.proposal_generator import RPN
+from mamba_vision.proposal_generator import RPN, AnchorGenerator
 from mamba_vision.roi_heads import ClassSpecificCascadeROIHeads
 
 
@@ -40,6 +40,7 @@ model.input_format = "RGB"
 
 model.backbone.bottom_up = bottom_up("tiny")
 
+model.proposal_generator.anchor_generator._target_ = AnchorGenerator
 model.proposal_generator.head.in_channels = "${...backbone.out_channels}"
 model.proposal_generator.update(
     _target_=RPN,
