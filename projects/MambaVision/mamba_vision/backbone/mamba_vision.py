@@ -16,6 +16,7 @@ from torchvision.ops import StochasticDepth
 
 from ..errors import UserError
 from ..ops import add_layer_norm
+from .attention import ATTENTION_BACKENDS
 from .stages import ConvStage, Stage, Stem, WindowStage
 from .windows import PADDINGS
 
@@ -63,6 +64,7 @@ class MambaVision(Backbone):
             the map's rows or columns, the last block of its stage leaves out the padded ones.
         scan_backend, conv_backend: of :func:`~mamba_vision.ops.selective_scan` and
             :func:`~mamba_vision.ops.depthwise_conv1d_silu`; None leaves the choice to them.
+        attention_backend: of :class:`~mamba_vision.backbone.attention.Attention`.
 
     Raises:
         UserError: an argument is out of its range.
@@ -90,6 +92,7 @@ class MambaVision(Backbone):
         skip_padding: bool = True,
         scan_backend: str | None = None,
         conv_backend: str | None = None,
+        attention_backend: str | None = None,
     ) -> None:
         super().__init__()
         depths = _per_stage("depths", depths)
@@ -100,6 +103,8 @@ class MambaVision(Backbone):
         _check("drop_path_rate", drop_path_rate, rate_fits, "a number in [0, 1)")
         _check("freeze_at", freeze_at, freeze_at in range(6), "a whole number from 0 to 5")
         _check("window_padding", window_padding, window_padding in PADDINGS, _either(PADDINGS))
+        known = attention_backend is None or attention_backend in ATTENTION_BACKENDS
+        _check("attention_backend", attention_backend, known, _either(ATTENTION_BACKENDS))
         for name, value in (("dim", dim), ("in_dim", in_dim), ("in_chans", in_chans)):
             _check(name, value, _is_positive_integer(value), "a positive whole number")
         for stage in (2, 3):
@@ -147,6 +152,7 @@ class MambaVision(Backbone):
                     scan_backend=scan_backend,
                     conv_backend=conv_backend,
                     norm_backend=self.norm_backend,
+                    attention_backend=attention_backend,
                 )
             self.levels.append(level)
         for i, feature in enumerate(_FEATURES):
