@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.files import atomic_write
-from .precision import autocast
+from ..precision import autocast
 
 __all__ = ["do_test", "share_buffers"]
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from ..checkpoint import MambaVisionCheckpointer
 from ..errors import UserError
-from .precision import autocast
+from ..precision import autocast
 
 __all__ = ["Predictor", "dataset_metadata"]
 
