@@ -6,6 +6,7 @@ it reads them, and what it computes lies where it lay the last time.
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections import OrderedDict
@@ -248,8 +249,7 @@ class _CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # One stream for all: a library's workspace belongs to a stream, and must not be freed.
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Run) -> Run:
@@ -272,6 +272,12 @@ class _CudaRecorder:
                 raise
             current.wait_stream(self._stream)
         return graph.replay
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The one to record on: libraries keep a workspace for every stream that they ever saw."""
+    return torch.cuda.Stream(device)
 
 
 def _autocast(kind: str) -> torch.dtype | None:
