@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..backbone import MambaVision
 from ..backbone.mixer import MambaVisionMixer
 from ..precision import autocast, precision
-from ..proposal_generator import RPN
+from ..proposal_generator import RPN, AnchorGenerator
 from ..roi_heads import ClassSpecificCascadeROIHeads
 from .fuse import fuse as fold_norms
 from .graphs import Graphs
@@ -112,7 +112,9 @@ def use_graphs(model: nn.Module, graphs: Graphs) -> None:
     """Let those parts of a detector that are known to allow it run as graphs."""
     for part in _known_parts(model):
         if isinstance(part, RPN):
-            graphs.install(part, "top_boxes")
+            # Detectron2's anchors are copied from the CPU, for which it waits.
+            if isinstance(part.anchor_generator, AnchorGenerator):
+                graphs.install(part, "candidates")
         elif isinstance(part, ClassSpecificCascadeROIHeads):
             counts = getattr(model.proposal_generator, "post_nms_topk", {False: PROPOSALS})
             _use_graphs_for_rois(part, graphs, counts[False])
