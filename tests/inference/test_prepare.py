@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from detectron2.config import instantiate
-from detectron2.modeling.poolers import ROIPooler
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import box_iou
@@ -18,18 +17,12 @@ NANO = "cascade_mask_rcnn_mamba_vision_nano_shapes"
 SIZES = [(90, 130), (130, 90), (64, 64)]
 
 
-class Pooler(ROIPooler):
-    """Detectron2's by another name: on a CPU what it does can be recorded."""
-
-
 def nano(device="cpu", **roi_heads):
     """The nano detector, with weights and statistics that find something in noise."""
     config = model_zoo.get_config(NANO).model
     for predictor in config.roi_heads.box_predictors:
         predictor.update(test_score_thresh=0.15, test_topk_per_image=30)
     config.roi_heads.update(roi_heads)
-    if device == "cpu":
-        config.roi_heads.box_pooler._target_ = config.roi_heads.mask_pooler._target_ = Pooler
     model = instantiate(config).eval()
     for norm in model.modules():
         if isinstance(norm, _BatchNorm):

@@ -16,7 +16,7 @@ from mamba_vision.backbone import VARIANTS as _VARIANTS
 from mamba_vision.backbone import MambaVision
 from mamba_vision.matcher import Matcher
 from mamba_vision.proposal_generator import RPN, AnchorGenerator
-from mamba_vision.roi_heads import ClassSpecificCascadeROIHeads
+from mamba_vision.roi_heads import ClassSpecificCascadeROIHeads, ROIPooler
 
 
 def bottom_up(variant):
@@ -50,6 +50,8 @@ model.proposal_generator.update(
     post_nms_topk=(2000, 1000),
 )
 
+model.roi_heads.box_pooler._target_ = ROIPooler
+model.roi_heads.mask_pooler._target_ = ROIPooler
 model.roi_heads.pop("mask_head")
 model.roi_heads.update(
     _target_=ClassSpecificCascadeROIHeads,

@@ -14,14 +14,13 @@ from typing import Any
 import detectron2.layers
 import torch
 from detectron2.modeling import FPN, GeneralizedRCNN
-from detectron2.modeling.poolers import ROIPooler as Detectron2Pooler
 from torch import Tensor, nn
 
 from ..backbone import MambaVision
 from ..backbone.mixer import MambaVisionMixer
 from ..precision import autocast, precision
 from ..proposal_generator import RPN, AnchorGenerator
-from ..roi_heads import ClassSpecificCascadeROIHeads
+from ..roi_heads import ClassSpecificCascadeROIHeads, ROIPooler
 from .fuse import fuse as fold_norms
 from .graphs import Graphs
 
@@ -126,9 +125,9 @@ def _use_graphs_for_rois(
     heads: ClassSpecificCascadeROIHeads, graphs: Graphs, proposals: int
 ) -> None:
     # Detectron2's pooler waits for the device at every level, which no graph can do.
-    if type(heads.box_pooler) is not Detectron2Pooler:
+    if isinstance(heads.box_pooler, ROIPooler):
         graphs.install(heads, "run_cascade", partial(_Padded, counts=(proposals,)))
-    if heads.mask_on and type(heads.mask_pooler) not in (Detectron2Pooler, type(None)):
+    if heads.mask_on and isinstance(heads.mask_pooler, ROIPooler):
         most = max(heads.box_predictor[-1].test_topk_per_image, FEW)
         graphs.install(heads, "run_masks", partial(_Padded, counts=(FEW, most)))
 
