@@ -200,17 +200,17 @@ def test_near_mmdetection_in_half_precision(device, dtype, maps, found):
 def average_softmaxes(model):
     """As Detectron2's cascade does, in place of one softmax of the average."""
     heads, last = model.roi_heads, model.roi_heads.box_predictor[-1]
-    run_stage, inference, softmaxes = heads._run_stage, last.inference, []
+    predict, inference, softmaxes = heads._predict, last.inference, []
 
     def record(*args):
-        logits, deltas = run_stage(*args)
+        logits, deltas = predict(*args)
         softmaxes.append(logits.softmax(dim=1))
         return logits, deltas
 
     def average(predictions, proposals):
         return inference((torch.stack(softmaxes).mean(dim=0).log(), predictions[1]), proposals)
 
-    heads._run_stage, last.inference = record, average
+    heads._predict, last.inference = record, average
 
 
 def one_mask_head(model):
@@ -225,15 +225,15 @@ def round_weights(model):
 
 def agnostic_refinement(model):
     """Boxes refined between the stages with the first class's deltas, whatever their class."""
-    heads, refine = model.roi_heads, model.roi_heads._refine
+    heads, move = model.roi_heads, model.roi_heads._move
 
-    def refine_first(predictions, *args):
+    def move_by_the_first(predictions, *args):
         logits, deltas = predictions
         first = torch.zeros_like(logits)
         first[:, 0] = 1
-        return refine((first, deltas), *args)
+        return move((first, deltas), *args)
 
-    heads._refine = refine_first
+    heads._move = move_by_the_first
 
 
 def single_bias(model):
