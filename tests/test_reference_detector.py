@@ -242,13 +242,13 @@ def agnostic_refinement(model):
     """Boxes refined between the stages with the first class's deltas, whatever their class."""
     heads, move = model.roi_heads, model.roi_heads._move
 
-    def move_first(predictions, *args):
+    def move_by_the_first(predictions, *args):
         logits, deltas = predictions
         first = torch.zeros_like(logits)
         first[:, 0] = 1
         return move((first, deltas), *args)
 
-    heads._move = move_first
+    heads._move = move_by_the_first
 
 
 def single_bias(model):
