@@ -11,7 +11,8 @@ from torchvision.ops import box_iou
 
 from mamba_vision import UserError, model_zoo
 from mamba_vision.inference import Graphs, prepare
-from mamba_vision.inference.prepare import use_graphs
+from mamba_vision.inference.graphs import Graphed
+from mamba_vision.inference.prepare import _Padded, use_graphs
 
 NANO = "cascade_mask_rcnn_mamba_vision_nano_shapes"
 SIZES = [(90, 130), (130, 90), (64, 64)]
@@ -123,6 +124,27 @@ def test_graphs_change_nothing(played):
     use_graphs(prepared.model, played)
     compare_over_sizes(model, prepared, assert_same)
     assert played.captures == ALL_GRAPHS
+
+
+def test_rois_are_padded_to_few_numbers_of_them(played):
+    seen = []
+
+    def function(features, rois):
+        seen.append([len(boxes) for boxes, _ in rois])
+        return [(boxes + features[0], classes * 2) for boxes, classes in rois]
+
+    padded = _Padded(Graphed(function, played), counts=(3, 5))
+    features = [torch.tensor(7.0)]
+    results = []
+    for lengths in ((1, 2), (3, 0), (0, 0), (4, 1), (5, 5), (9, 2), (9, 6), (8, 9)):
+        rois = [(torch.randn(n, 4), torch.randint(9, (n,))) for n in lengths]
+        found = padded(features, rois)
+        results.append((rois, found, copy.deepcopy(found)))
+    assert seen == [[3, 3]] * 3 + [[5, 5]] * 2 + [[9, 9]] * 3
+    for rois, found, at_first in results:
+        for (boxes, classes), now, then in zip(rois, found, at_first, strict=True):
+            for one in (now, then):  # no later call wrote over it
+                torch.testing.assert_close(one, (boxes + 7, classes * 2), rtol=0, atol=0)
 
 
 def test_results_are_not_overwritten_by_the_next_image(played):

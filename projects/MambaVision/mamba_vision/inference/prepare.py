@@ -165,7 +165,7 @@ class _Padded:
     Args:
         function: of feature maps and of N images' RoIs; gives tensors with a row for each of them.
             No row may depend on another.
-        counts: ascending; more RoIs than the last are not padded.
+        counts: ascending; of more than the last there are as many as the most of an image's.
     """
 
     def __init__(
@@ -177,9 +177,8 @@ class _Padded:
     def __call__(self, features: list[Tensor], rois: list[Rois]) -> list[Rois]:
         """The function's results without the rows of the padding, in memory of their own."""
         lengths = [len(of_image[0]) for of_image in rois]
-        count = next((c for c in self._counts if c >= max(lengths)), None)
-        if count is None:
-            return self._function(features, rois)
+        most = max(lengths)
+        count = next((c for c in self._counts if c >= most), most)
         padded = [tuple(_pad(x, count) for x in of_image) for of_image in rois]
         found = self._function(features, padded)
         return [
