@@ -18,6 +18,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from torchvision.ops import box_iou
 
 from mamba_vision import MambaVisionCheckpointer, model_zoo
+from mamba_vision.inference import prepare
 from mamba_vision.roi_heads.cascade import StageMaskHeads
 
 COPY = Path(__file__).parent / "data/reference_detector"
@@ -170,6 +171,20 @@ def test_same_as_mmdetection_on_a_gpu(scan_backend):
     assert deviations(run(model, FOLDER), load_expected(FOLDER)) == []
 
 
+def test_prepared_for_inference_it_is_the_same():
+    model = prepare(build(FOLDER)).model
+    assert deviations(run(model, FOLDER), load_expected(FOLDER)) == []
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("exact_float32")
+def test_so_it_is_when_its_graphs_are_replayed():
+    prepared = prepare(build(FOLDER).cuda())
+    for _ in range(4):
+        assert deviations(run(prepared.model, FOLDER), load_expected(FOLDER)) == []
+    assert prepared.graphs.captures == 4  # backbone, proposals, cascade and masks
+
+
 # Half precision moves the maps by a few of its own roundings (2**-11 and 2**-8). The heads'
 # random weights make much of that: boxes of low score come and go. So most of the objects, and not
 # all, must be found again, with the same label, an overlap of one half, and nearly the same score.
@@ -200,17 +215,17 @@ def test_near_mmdetection_in_half_precision(device, dtype, maps, found):
 def average_softmaxes(model):
     """As Detectron2's cascade does, in place of one softmax of the average."""
     heads, last = model.roi_heads, model.roi_heads.box_predictor[-1]
-    run_stage, inference, softmaxes = heads._run_stage, last.inference, []
+    predict, inference, softmaxes = heads._predict, last.inference, []
 
     def record(*args):
-        logits, deltas = run_stage(*args)
+        logits, deltas = predict(*args)
         softmaxes.append(logits.softmax(dim=1))
         return logits, deltas
 
     def average(predictions, proposals):
         return inference((torch.stack(softmaxes).mean(dim=0).log(), predictions[1]), proposals)
 
-    heads._run_stage, last.inference = record, average
+    heads._predict, last.inference = record, average
 
 
 def one_mask_head(model):
@@ -225,15 +240,15 @@ def round_weights(model):
 
 def agnostic_refinement(model):
     """Boxes refined between the stages with the first class's deltas, whatever their class."""
-    heads, refine = model.roi_heads, model.roi_heads._refine
+    heads, move = model.roi_heads, model.roi_heads._move
 
-    def refine_first(predictions, *args):
+    def move_by_the_first(predictions, *args):
         logits, deltas = predictions
         first = torch.zeros_like(logits)
         first[:, 0] = 1
-        return refine((first, deltas), *args)
+        return move((first, deltas), *args)
 
-    heads._refine = refine_first
+    heads._move = move_by_the_first
 
 
 def single_bias(model):

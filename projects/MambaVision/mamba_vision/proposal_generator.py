@@ -14,7 +14,7 @@ from detectron2.layers import batched_nms
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.proposal_generator import RPN as _RPN
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from fvcore.nn import smooth_l1_loss
 from torch import Tensor
@@ -67,6 +67,39 @@ class RPN(_RPN):
         """
         super().__init__(**kwargs)
         self.decode_top = decode_top
+
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        gt_instances: list[Instances] | None = None,
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """See :meth:`detectron2.modeling.proposal_generator.RPN.forward`."""
+        if self.training or not self.decode_top:
+            return super().forward(images, features, gt_instances)
+        boxes, logits, levels = self.candidates([features[name] for name in self.in_features])
+        proposals = [
+            self.keep_best(boxes_i, logits_i, levels, size)
+            for boxes_i, logits_i, size in zip(boxes, logits, images.image_sizes, strict=True)
+        ]
+        return proposals, {}
+
+    @torch.no_grad()
+    def candidates(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Find the boxes that :meth:`keep_best` is to choose from, at test time.
+
+        Args:
+            features: of each level, (N, C, H, W).
+
+        Returns:
+            As from :meth:`top_boxes`.
+        """
+        logits, deltas = self.rpn_head(features)
+        return self.top_boxes(
+            self.anchor_generator(features),
+            [x.permute(0, 2, 3, 1).flatten(1) for x in logits],
+            [x.permute(0, 2, 3, 1).reshape(len(x), -1, 4) for x in deltas],
+        )
 
     def _subsample_labels(self, label: Tensor) -> Tensor:
         """Keep a random sample of the labels 0 and 1 of an image's anchors; the others become -1.
