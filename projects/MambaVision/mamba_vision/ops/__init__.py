@@ -1,6 +1,6 @@
-"""The operators of the MambaVision mixer that PyTorch does not have, in (B, L, D) layout.
+"""The operators that PyTorch does not have: those of the mixer, in (B, L, D) layout, and NMS.
 
-Shape legend, used in every file below:
+Shape legend of the mixer's, used in every file below:
 
     B   batch: windows (or whole maps) scanned side by side
     L   tokens of a sequence, row by row over a window
@@ -11,13 +11,16 @@ Shape legend, used in every file below:
 ``depthwise_conv1d_silu``   a 'same' convolution of width 3 along L, then SiLU (arXiv:2407.08083,
                             equation 6)
 ``mamba_inner``             both, with the projections between them
+``grouped_nms``             non-maximum suppression of many groups of boxes at once
 
 Each operator is a folder: its ``__init__`` holds the public function, ``reference.py`` the
-definition, and each further file one faster backend; ``backends.py`` chooses among them.
+definition, but for NMS, where torchvision has it, and each further file one faster backend;
+``backends.py`` chooses among them.
 """
 
 from .conv1d import depthwise_conv1d_silu
 from .inner import mamba_inner
+from .nms import grouped_nms
 from .selective_scan import selective_scan
 
-__all__ = ["depthwise_conv1d_silu", "mamba_inner", "selective_scan"]
+__all__ = ["depthwise_conv1d_silu", "grouped_nms", "mamba_inner", "selective_scan"]
