@@ -73,8 +73,10 @@ def test_anchors_are_those_of_detectron2(offset):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("min_box_size", [0.0, 12.0])
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("top", [20, 150, 10_000])
+@pytest.mark.parametrize(
+    ("top", "ties"),  # Among more than 1,000 boxes torchvision leaves the order of equals open.
+    [(20, False), (20, True), (300, False), (300, True), (10_000, False)],
+)
 def test_proposals_are_those_of_detectron2(training, min_box_size, ties, top):
     options = {"min_box_size": min_box_size, "pre_nms_topk": (top, top // 2)}
     ours, theirs = (_rpn(cls, **options).train(training) for cls in (RPN, _RPN))
@@ -196,7 +198,7 @@ def test_other_losses_are_left_to_detectron2():
 
 @pytest.mark.cuda
 def test_a_step_of_training_seldom_waits_for_the_gpu():
-    """Only where boxes are encoded, and up to four times in each image's NMS."""
+    """Only where boxes are encoded, and for the numbers of proposals."""
     rpn = _rpn(RPN, anchor_matcher=Matcher([0.3, 0.7], [0, -1, 1], True)).cuda().train()
     features = {
         f"p{2 + i}": torch.randn(2, 8, 64 // s, 96 // s, device="cuda")
@@ -215,7 +217,7 @@ def test_a_step_of_training_seldom_waits_for_the_gpu():
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [w for w in waits if "synchroniz" in str(w.message)]
-    assert len(waits) <= 1 + 2 * 4
+    assert len(waits) <= 2
 
 
 @pytest.mark.cuda

@@ -1,4 +1,4 @@
-"""Detectron2's RPN, decoding only the boxes that it may keep, and without waiting for the GPU.
+"""Detectron2's RPN, decoding only the boxes that it may keep, and waiting for the GPU once at most.
 
 Shapes:
     N images; levels of H x W cells with A anchors each; R = H W A anchors of a level, cell by cell;
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from detectron2.layers import batched_nms
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.proposal_generator import RPN as _RPN
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
@@ -19,7 +18,8 @@ from detectron2.utils.events import get_event_storage
 from fvcore.nn import smooth_l1_loss
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import clip_boxes_to_image
+
+from .proposals import select_proposals, to_device
 
 __all__ = ["RPN", "AnchorGenerator"]
 
@@ -62,7 +62,8 @@ class RPN(_RPN):
         """
         Args:
             decode_top: decode only the ``pre_nms_topk`` anchors of each level that enter NMS, not
-                all. The proposals are the same.
+                all, and suppress the boxes of all levels and images at once. The proposals are the
+                same.
             kwargs: as for Detectron2's ``RPN``.
         """
         super().__init__(**kwargs)
@@ -170,15 +171,20 @@ class RPN(_RPN):
                 self.min_box_size,
                 training=False,
             )
-        boxes, logits, levels = self.top_boxes(anchors, pred_objectness_logits, pred_anchor_deltas)
+        boxes, logits, level_sizes = self.top_boxes(
+            anchors, pred_objectness_logits, pred_anchor_deltas
+        )
+        boxes, logits, counts = self.select(
+            boxes, logits, level_sizes, to_device(image_sizes, boxes.device)
+        )
         return [
-            self.keep_best(boxes_i, logits_i, levels, size)
-            for boxes_i, logits_i, size in zip(boxes, logits, image_sizes, strict=True)
+            Instances(size, proposal_boxes=Boxes(boxes_i[:n]), objectness_logits=logits_i[:n])
+            for size, boxes_i, logits_i, n in zip(image_sizes, boxes, logits, counts.tolist())
         ]
 
     def top_boxes(
         self, anchors: list[Boxes], logits: list[Tensor], deltas: list[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, list[int]]:
         """Decode the ``pre_nms_topk`` anchors of highest objectness of each level.
 
         Nothing here waits for the GPU, or depends on more than shapes.
@@ -189,12 +195,11 @@ class RPN(_RPN):
             deltas: of each level, (N, R, 4).
 
         Returns:
-            Boxes (N, K, 4), float32; their logits (N, K); and the levels (K,) that they are of.
+            Boxes (N, K, 4), float32, level after level; their logits (N, K), from the highest down
+            within each level; and how many each level has, K together.
         """
         found = []
-        for level, (anchors_l, logits_l, deltas_l) in enumerate(
-            zip(anchors, logits, deltas, strict=True)
-        ):
+        for anchors_l, logits_l, deltas_l in zip(anchors, logits, deltas, strict=True):
             count = min(logits_l.shape[1], self.pre_nms_topk[self.training])
             top, index = logits_l.topk(count, dim=1)
             found.append(
@@ -202,42 +207,32 @@ class RPN(_RPN):
                     anchors_l.tensor[index],
                     deltas_l.gather(1, index[..., None].expand(-1, -1, 4)),
                     top,
-                    index.new_full((count,), level),
                 )
             )
-        chosen_anchors, chosen_deltas, chosen_logits, levels = zip(*found)
+        chosen_anchors, chosen_deltas, chosen_logits = zip(*found)
         logits_k = torch.cat(chosen_logits, dim=1)
         boxes = self.box2box_transform.apply_deltas(
             torch.cat(chosen_deltas, dim=1).flatten(0, 1),
             torch.cat(chosen_anchors, dim=1).flatten(0, 1),
         )
-        return boxes.view(*logits_k.shape, 4), logits_k, torch.cat(levels)
+        level_sizes = [top.shape[1] for top in chosen_logits]
+        return boxes.view(*logits_k.shape, 4), logits_k, level_sizes
 
-    def keep_best(
-        self, boxes: Tensor, logits: Tensor, levels: Tensor, image_size: tuple[int, int]
-    ) -> Instances:
-        """Choose the proposals of one image among its K boxes from :meth:`top_boxes`.
+    def select(
+        self, boxes: Tensor, logits: Tensor, level_sizes: list[int], image_sizes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose the proposals among the boxes from :meth:`top_boxes`; it does not wait either.
 
-        Boxes are clipped to the image; those not finite or too small are dropped, and NMS within
-        each level leaves at most ``post_nms_topk``.
-
-        Args:
-            boxes: (K, 4).
-            logits, levels: (K,).
-            image_size: height and width in pixels.
-
-        Returns:
-            ``proposal_boxes`` and ``objectness_logits``, from the highest logit down.
+        See :func:`~mamba_vision.proposals.select_proposals`.
         """
-        clipped = clip_boxes_to_image(boxes, image_size)
-        large = (clipped[:, 2:] - clipped[:, :2] > self.min_box_size).all(dim=1)
-        usable = boxes.isfinite().all(dim=1) & logits.isfinite() & large
-        index = usable.nonzero()[:, 0]
-        boxes, logits = clipped[index], logits[index]
-        keep = batched_nms(boxes, logits.float(), levels[index], self.nms_thresh)
-        keep = keep[: self.post_nms_topk[self.training]]
-        return Instances(
-            image_size, proposal_boxes=Boxes(boxes[keep]), objectness_logits=logits[keep]
+        return select_proposals(
+            boxes,
+            logits,
+            level_sizes,
+            image_sizes,
+            threshold=self.nms_thresh,
+            min_box_size=self.min_box_size,
+            most=self.post_nms_topk[self.training],
         )
 
 

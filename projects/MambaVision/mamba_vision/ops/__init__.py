@@ -1,4 +1,4 @@
-"""The operators that PyTorch does not have: those of the window stages, and one of the heads.
+"""The operators that PyTorch does not have: those of the window stages, and two of the heads.
 
 Shape legend of those of the window stages, which take (B, L, D):
 
@@ -14,20 +14,24 @@ Shape legend of those of the window stages, which take (B, L, D):
 ``add_layer_norm``          a residual connection and the LayerNorm after it, in one pass
 ``multi_level_roi_align``   RoIAlign over the levels of a feature pyramid (arXiv:1703.06870, section
                             3); its folder has its shape legend
+``grouped_nms``             non-maximum suppression of many groups of boxes at once
 
 Each operator is a folder: its ``__init__`` holds the public function, ``reference.py`` the
-definition, and each further file one faster backend; ``backends.py`` chooses among them.
+definition, but for NMS, where torchvision has it, and each further file one faster backend;
+``backends.py`` chooses among them.
 """
 
 from .conv1d import depthwise_conv1d_silu
 from .inner import mamba_inner
 from .layer_norm import add_layer_norm
+from .nms import grouped_nms
 from .roi_align import multi_level_roi_align
 from .selective_scan import selective_scan
 
 __all__ = [
     "add_layer_norm",
     "depthwise_conv1d_silu",
+    "grouped_nms",
     "mamba_inner",
     "multi_level_roi_align",
     "selective_scan",

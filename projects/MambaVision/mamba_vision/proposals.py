@@ -1,0 +1,82 @@
+"""Which of the boxes that an RPN found are its proposals, without waiting for the GPU.
+
+Shapes:
+    N images; L levels of the pyramid; K boxes of an image, level after level; n boxes of the level
+    that has most; M proposals of an image at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .ops import grouped_nms
+
+__all__ = ["select_proposals", "to_device"]
+
+
+def select_proposals(
+    boxes: Tensor,
+    logits: Tensor,
+    level_sizes: Sequence[int],
+    image_sizes: Tensor,
+    *,
+    threshold: float,
+    min_box_size: float,
+    most: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the best boxes of each image, by NMS within each level.
+
+    Boxes are clipped to their image first, and those dropped that are not finite or too small.
+    On a GPU nothing here waits, or depends on more than shapes.
+
+    Args:
+        boxes: (N, K, 4), float32.
+        logits: (N, K), from the highest down within each level.
+        level_sizes: numbers of boxes of the L levels, K together.
+        image_sizes: (N, 2), height and width in pixels.
+        threshold: of the IoU, in NMS.
+        min_box_size: sides must be longer, in pixels.
+        most: proposals of an image.
+
+    Returns:
+        Boxes (N, M, 4) and logits (N, M), from the highest down, boxes of equal logits in the order
+        that they came in; and how many there are, (N,) int64. After these come boxes of zeros, with
+        logits of minus infinity. M is ``most``, or L n if that is less.
+    """
+    edges = image_sizes.to(boxes.dtype).flip(1).repeat(1, 2)[:, None]  # x, y, x, y
+    clipped = boxes.clamp(min=0).minimum(edges)
+    large = (clipped[..., 2:] - clipped[..., :2] > min_box_size).all(dim=2)
+    usable = boxes.isfinite().all(dim=2) & logits.isfinite() & large
+
+    boxes = _pad_levels(clipped, level_sizes, 0)
+    logits = _pad_levels(logits.where(usable, -torch.inf), level_sizes, -torch.inf)
+    valid = logits > -torch.inf
+    keep = grouped_nms(boxes.flatten(0, 1), valid.flatten(0, 1), threshold).view_as(valid)
+
+    logits, order = (
+        logits.where(keep, -torch.inf).flatten(1).sort(dim=1, descending=True, stable=True)
+    )
+    logits, order = logits[:, :most], order[:, :most, None]
+    boxes = boxes.flatten(1, 2).gather(1, order.expand(-1, -1, 4))
+    there = logits > -torch.inf
+    return boxes.where(there[..., None], 0), logits, there.sum(dim=1)
+
+
+def _pad_levels(x: Tensor, level_sizes: Sequence[int], filler: float) -> Tensor:
+    """(N, K, ...) as (N, L, n, ...)."""
+    shape = (len(x), len(level_sizes), max(level_sizes), *x.shape[2:])
+    padded = x.new_full(shape, filler)
+    for level, part in enumerate(x.split(list(level_sizes), dim=1)):
+        padded[:, level, : part.shape[1]] = part
+    return padded
+
+
+def to_device(image_sizes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """Heights and widths as a tensor, (N, 2) float32; the CPU goes on while they are copied."""
+    sizes = torch.tensor(image_sizes, dtype=torch.float32)
+    if device.type == "cuda":
+        sizes = sizes.pin_memory()
+    return sizes.to(device, non_blocking=True)
