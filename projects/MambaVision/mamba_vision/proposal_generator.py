@@ -78,29 +78,33 @@ class RPN(_RPN):
         """See :meth:`detectron2.modeling.proposal_generator.RPN.forward`."""
         if self.training or not self.decode_top:
             return super().forward(images, features, gt_instances)
-        boxes, logits, levels = self.candidates([features[name] for name in self.in_features])
-        proposals = [
-            self.keep_best(boxes_i, logits_i, levels, size)
-            for boxes_i, logits_i, size in zip(boxes, logits, images.image_sizes, strict=True)
-        ]
-        return proposals, {}
+        sizes = images.image_sizes
+        found = self.candidates(
+            [features[name] for name in self.in_features],
+            to_device(sizes, features[self.in_features[0]].device),
+        )
+        return _instances(sizes, *found), {}
 
     @torch.no_grad()
-    def candidates(self, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Find the boxes that :meth:`keep_best` is to choose from, at test time.
+    def candidates(
+        self, features: list[Tensor], image_sizes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Find the proposals at test time, without waiting for the GPU.
 
         Args:
             features: of each level, (N, C, H, W).
+            image_sizes: (N, 2), height and width in pixels.
 
         Returns:
-            As from :meth:`top_boxes`.
+            As from :meth:`select`.
         """
         logits, deltas = self.rpn_head(features)
-        return self.top_boxes(
+        found = self.top_boxes(
             self.anchor_generator(features),
             [x.permute(0, 2, 3, 1).flatten(1) for x in logits],
             [x.permute(0, 2, 3, 1).reshape(len(x), -1, 4) for x in deltas],
         )
+        return self.select(*found, image_sizes)
 
     def _subsample_labels(self, label: Tensor) -> Tensor:
         """Keep a random sample of the labels 0 and 1 of an image's anchors; the others become -1.
@@ -171,16 +175,9 @@ class RPN(_RPN):
                 self.min_box_size,
                 training=False,
             )
-        boxes, logits, level_sizes = self.top_boxes(
-            anchors, pred_objectness_logits, pred_anchor_deltas
-        )
-        boxes, logits, counts = self.select(
-            boxes, logits, level_sizes, to_device(image_sizes, boxes.device)
-        )
-        return [
-            Instances(size, proposal_boxes=Boxes(boxes_i[:n]), objectness_logits=logits_i[:n])
-            for size, boxes_i, logits_i, n in zip(image_sizes, boxes, logits, counts.tolist())
-        ]
+        found = self.top_boxes(anchors, pred_objectness_logits, pred_anchor_deltas)
+        sizes = to_device(image_sizes, found[0].device)
+        return _instances(image_sizes, *self.select(*found, sizes))
 
     def top_boxes(
         self, anchors: list[Boxes], logits: list[Tensor], deltas: list[Tensor]
@@ -234,6 +231,16 @@ class RPN(_RPN):
             min_box_size=self.min_box_size,
             most=self.post_nms_topk[self.training],
         )
+
+
+def _instances(
+    sizes: list[tuple[int, int]], boxes: Tensor, logits: Tensor, counts: Tensor
+) -> list[Instances]:
+    """The proposals from :meth:`RPN.select` as Detectron2 wants them; this waits for the GPU."""
+    return [
+        Instances(size, proposal_boxes=Boxes(boxes_i[:n]), objectness_logits=logits_i[:n])
+        for size, boxes_i, logits_i, n in zip(sizes, boxes, logits, counts.tolist(), strict=True)
+    ]
 
 
 def _random_subset(candidates: Tensor, count: int, limit: Tensor | None = None) -> Tensor:
