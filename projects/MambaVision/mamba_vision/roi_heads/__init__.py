@@ -1,5 +1,12 @@
 """Region heads: the cascade with class-specific boxes and a mask head per stage."""
 
 from .cascade import ClassSpecificCascadeROIHeads, StageMaskHeads
+from .mask_head import MaskHead
+from .predictor import ClassSpecificOutputLayers
 
-__all__ = ["ClassSpecificCascadeROIHeads", "StageMaskHeads"]
+__all__ = [
+    "ClassSpecificCascadeROIHeads",
+    "ClassSpecificOutputLayers",
+    "MaskHead",
+    "StageMaskHeads",
+]
