@@ -209,3 +209,15 @@ def test_masks_without_inside_or_outside_have_no_false_pixels():
         )
         expected = {"accuracy": 0.0, "false_negative": 0.0, "false_positive": 0.0, wrong: 1.0}
         assert statistics == {f"mask_rcnn/{name}": value for name, value in expected.items()}
+
+
+def test_masks_are_drawn_as_often_as_asked_for():
+    head = MaskHead(
+        ShapeSpec(channels=6, height=14, width=14), num_classes=1, conv_dims=[6], vis_period=2
+    )
+    (sample,), _ = foreground([2])
+    with EventStorage() as storage:
+        for drawn in (2, 2, 4):
+            head(torch.zeros(2, 6, 14, 14), [sample])
+            assert len(storage._vis_data) == drawn
+            storage.step()

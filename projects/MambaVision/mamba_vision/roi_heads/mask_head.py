@@ -51,7 +51,7 @@ class MaskHead(MaskRCNNConvUpsampleHead):
     """Detectron2's mask head, with the same loss and statistics.
 
     Detectron2 fetches each of the statistics, for which the CPU waits until the GPU is done with
-    all that it was given before. Masks are not drawn in training: there is no ``vis_period``.
+    all that it was given before. With a ``vis_period``, which draws masks, it does so here, too.
     """
 
     def forward(self, x: Tensor, instances: list[Instances]) -> dict[str, Tensor] | list[Instances]:
@@ -60,7 +60,7 @@ class MaskHead(MaskRCNNConvUpsampleHead):
         In training the RoIs are foreground with ``proposal_boxes``, ``gt_classes`` and
         ``gt_masks``; without any the loss is 0.
         """
-        if not self.training:
+        if not self.training or self.vis_period:
             return super().forward(x, instances)
         logits = self.layers(x)
         if len(logits) == 0:
