@@ -16,8 +16,10 @@ def _window_stage(depth=2, drop_path=0.0, **options) -> WindowStage:
         "layer_scale": None,
         "downsample": False,
         "activation_checkpointing": False,
+        "skip_padding": True,
         "scan_backend": None,
         "conv_backend": None,
+        "norm_backend": None,
     }
     return WindowStage(16, [drop_path] * depth, **(defaults | options))
 

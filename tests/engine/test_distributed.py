@@ -150,3 +150,25 @@ def test_a_step_in_parts_equals_the_whole_step(tmp_path):
     first = train(config, tmp_path / "first", "train.max_iter=1", *same)
     moved = max((first[name] - whole[name]).abs().max().item() for name in whole)
     assert moved > 1e-3
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_equal_one(tmp_path):
+    """Over NCCL, started by Detectron2's launch: the same losses and weights but for rounding."""
+    config = TESTS / "data" / "fixed_nano_config.py"
+    arguments = [TOOL, "--config-file", config, "train.device=cuda", "train.amp.enabled=false"]
+    gpus = {"CUDA_VISIBLE_DEVICES": "0,1", "NVIDIA_TF32_OVERRIDE": "0"}
+    one = ["train.accumulate=2", f"train.output_dir={tmp_path / 'one'}"]
+    two = ["--num-gpus=2", "--dist-url=auto", f"train.output_dir={tmp_path / 'two'}"]
+    for extra in (one, two):
+        finish(start([sys.executable, *arguments, *extra], **gpus))
+    assert_equal(weights(tmp_path / "two"), weights(tmp_path / "one"), 1e-4)
+    losses = [
+        [
+            json.loads(line)["total_loss"]
+            for line in (path / "metrics.json").read_text().splitlines()
+        ]
+        for path in (tmp_path / "one", tmp_path / "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

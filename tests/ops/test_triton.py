@@ -132,8 +132,10 @@ def window_stage(dim, dtype=torch.float32, **options):
         downsample=True,
         **{
             "activation_checkpointing": False,
+            "skip_padding": True,
             "scan_backend": None,
             "conv_backend": None,
+            "norm_backend": None,
             **options,
         },
     )
@@ -225,7 +227,7 @@ def test_a_window_stage_under_inductor(dtype):
     stage = window_stage(64)
     x = torch.randn(2, 64, 14, 10, device=DEVICE)
 
-    def outcome(function):
+    def outcome(function, dtype):
         stage.zero_grad()
         with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
             feature, after = function(x)
@@ -233,10 +235,12 @@ def test_a_window_stage_under_inductor(dtype):
         return [feature.detach(), after.detach(), *(p.grad.clone() for p in stage.parameters())]
 
     torch._dynamo.reset()
-    results, expected = outcome(torch.compile(stage, fullgraph=True)), outcome(stage)
-    for result, wanted in zip(results, expected):
-        close = 1e-4 if dtype == torch.float32 else 2e-2
-        assert (result - wanted).abs().max() <= close * wanted.abs().max()
+    results = outcome(torch.compile(stage, fullgraph=True), dtype)
+    expected, exact = outcome(stage, dtype), outcome(stage, torch.float32)
+    for result, wanted, truth in zip(results, expected, exact):
+        slack = 1e-4 if dtype == torch.float32 else 5e-3
+        allowed = 2 * (wanted - truth).abs().max() + slack * truth.abs().max()
+        assert (result - truth).abs().max() <= allowed
 
 
 @pytest.mark.cuda

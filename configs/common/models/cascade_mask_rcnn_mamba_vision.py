@@ -16,6 +16,7 @@ from mamba_vision.roi_heads import (
     ClassSpecificCascadeROIHeads,
     ClassSpecificOutputLayers,
     MaskHead,
+    ROIPooler,
 )
 
 
@@ -48,6 +49,8 @@ model.proposal_generator.update(
     post_nms_topk=(2000, 1000),
 )
 
+model.roi_heads.box_pooler._target_ = ROIPooler
+model.roi_heads.mask_pooler._target_ = ROIPooler
 model.roi_heads.pop("mask_head")
 model.roi_heads.update(
     _target_=ClassSpecificCascadeROIHeads,

@@ -2,6 +2,7 @@
 
 fvcore counts what the parts do for one image at inference, as they run on the CPU. Backbone, neck
 and RPN see the whole image; the heads see a given number of RoIs, on which alone they depend.
+Padding is counted like any other token, also where the model would skip it.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def analyze(
     """
     model = copy.deepcopy(model)
     _check_kind(model)
-    model.backbone.bottom_up.update(scan_backend="torch", conv_backend="torch")
+    model.backbone.bottom_up.update(scan_backend="torch", conv_backend="torch", skip_padding=False)
     detector = instantiate(model).eval()
     backbone, rpn, roi_heads = detector.backbone, detector.proposal_generator, detector.roi_heads
     shapes = [backbone.output_shape()[name] for name in rpn.in_features]

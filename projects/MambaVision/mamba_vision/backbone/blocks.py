@@ -1,6 +1,7 @@
 """The residual blocks: convolutional for the first two stages, token-mixing for the last two.
 
-Shape legend: B images or windows, C channels, H x W rows and columns, L tokens per window.
+Shape legend: B images or windows, C channels, H x W rows and columns, L tokens per window, M of
+them wanted.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
+
+from ..ops import add_layer_norm
 
 __all__ = ["ConvBlock", "MixerBlock"]
 
@@ -78,10 +81,12 @@ class MixerBlock(nn.Module):
 
     Args:
         dim: C.
-        mixer: (B, L, C) -> (B, L, C): attention or the Mamba mixer.
+        mixer: (B, L, C) -> (B, L, C): attention, which also takes the tokens whose outcome is
+            wanted, or the Mamba mixer.
         mlp_ratio: the MLP's hidden channels over C.
         drop_path: the probability of dropping a branch, per window.
         layer_scale: the start of gamma_1 and gamma_2; None leaves them out.
+        norm_backend: passed to :func:`~mamba_vision.ops.add_layer_norm`.
     """
 
     def __init__(
@@ -92,8 +97,10 @@ class MixerBlock(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        norm_backend: str | None = None,
     ) -> None:
         super().__init__()
+        self.norm_backend = norm_backend
         self.gamma_1 = _layer_scale(dim, layer_scale)
         self.gamma_2 = _layer_scale(dim, layer_scale)
         self.norm1 = nn.LayerNorm(dim)
@@ -102,7 +109,30 @@ class MixerBlock(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, C) -> (B, L, C)."""
-        x = x + self.drop_path(_scaled(self.mixer(self.norm1(x)), self.gamma_1))
-        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma_2))
+    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Run the block.
+
+        Args:
+            x: (B, L, C).
+            wanted: (B, M, C), the tokens of x whose outcome is wanted, if the mixer attends; None
+                for all.
+
+        Returns:
+            (B, M, C).
+        """
+        tokens = [x] if wanted is None else [x, wanted]
+        branch = self.mixer(*(self._add_norm(self.norm1, t)[1] for t in tokens))
+        x, y = self._add_norm(self.norm2, tokens[-1], self.drop_path(branch), self.gamma_1)
+        return x + self.drop_path(_scaled(self.mlp(y), self.gamma_2))
+
+    def _add_norm(
+        self,
+        norm: nn.LayerNorm,
+        x: Tensor,
+        branch: Tensor | None = None,
+        gamma: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x + gamma * branch, and that normalized."""
+        return add_layer_norm(
+            x, branch, gamma, norm.weight, norm.bias, norm.eps, backend=self.norm_backend
+        )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from ..errors import UserError
+from ..ops import add_layer_norm
 from .stages import ConvStage, Stage, Stem, WindowStage
 from .windows import PADDINGS
 
@@ -55,6 +56,11 @@ class MambaVision(Backbone):
         activation_checkpointing: in training trade time for memory, block by block.
         window_padding: ``"full"`` pads a map to whole windows, as the released weights expect;
             ``"fit"`` cuts it into as many windows, of equal size, that pad only what that needs.
+        fused_norm: add and normalize by the fastest backend of
+            :func:`~mamba_vision.ops.add_layer_norm` rather than by PyTorch's operators. Either way
+            the features have autocast's dtype, where it is on.
+        skip_padding: compute nothing that depends on padding alone: where a single window covers
+            the map's rows or columns, the last block of its stage leaves out the padded ones.
         scan_backend, conv_backend: of :func:`~mamba_vision.ops.selective_scan` and
             :func:`~mamba_vision.ops.depthwise_conv1d_silu`; None leaves the choice to them.
 
@@ -80,6 +86,8 @@ class MambaVision(Backbone):
         freeze_at: int = 0,
         activation_checkpointing: bool = False,
         window_padding: str = "full",
+        fused_norm: bool = True,
+        skip_padding: bool = True,
         scan_backend: str | None = None,
         conv_backend: str | None = None,
     ) -> None:
@@ -103,6 +111,7 @@ class MambaVision(Backbone):
             )
 
         self.in_chans = in_chans
+        self.norm_backend = None if fused_norm else "torch"
         self._out_features = _features(out_features)
         self._out_feature_channels = {f: dim * 2**i for i, f in enumerate(_FEATURES)}
         self._out_feature_strides = {f: 4 * 2**i for i, f in enumerate(_FEATURES)}
@@ -134,8 +143,10 @@ class MambaVision(Backbone):
                     layer_scale=layer_scale,
                     downsample=downsample,
                     activation_checkpointing=activation_checkpointing,
+                    skip_padding=skip_padding,
                     scan_backend=scan_backend,
                     conv_backend=conv_backend,
+                    norm_backend=self.norm_backend,
                 )
             self.levels.append(level)
         for i, feature in enumerate(_FEATURES):
@@ -183,8 +194,14 @@ class MambaVision(Backbone):
         for i, stage in enumerate(self.levels):
             feature, x = stage(x)
             if (norm := self._outnorm(i)) is not None:
-                features[_FEATURES[i]] = norm(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+                features[_FEATURES[i]] = self._normalized(feature, norm)
         return features
+
+    def _normalized(self, feature: Tensor, norm: nn.LayerNorm) -> Tensor:
+        tokens = feature.permute(0, 2, 3, 1)
+        weights = norm.weight, norm.bias, norm.eps
+        _, tokens = add_layer_norm(tokens, None, None, *weights, backend=self.norm_backend)
+        return tokens.permute(0, 3, 1, 2)
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_chans:

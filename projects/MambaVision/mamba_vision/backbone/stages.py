@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import Attention
 from .blocks import ConvBlock, MixerBlock
 from .mixer import MambaVisionMixer
-from .windows import cut_windows, join_windows, window_shape
+from .windows import crop_windows, cut_windows, join_windows, window_shape
 
 __all__ = ["ConvStage", "Downsample", "Stage", "Stem", "WindowStage"]
 
@@ -123,14 +123,15 @@ class Stage(nn.Module):
         return x, None if self.downsample is None else self.downsample(x)
 
     def _mix(self, x: Tensor) -> Tensor:
-        remember = not (self.activation_checkpointing and self.training and torch.is_grad_enabled())
         for block in self.blocks:
-            if remember:
-                x = block(x)
-                continue
-            contexts = partial(_checkpoint_contexts, block)
-            x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+            x = self._run(block, x)
         return x
+
+    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if not (self.activation_checkpointing and self.training and torch.is_grad_enabled()):
+            return block(*inputs)
+        contexts = partial(_checkpoint_contexts, block)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 class ConvStage(Stage):
@@ -157,7 +158,9 @@ class WindowStage(Stage):
     """A stage that cuts the map into windows: Mamba mixers first, then attention.
 
     With depth d the last d // 2 blocks attend (MambaVision, section 3.2).
-    Padded tokens take part like any other and are dropped at the end.
+    Padded tokens take part like any other and are dropped at the end. If the last block attends,
+    those at the end of a single row or column of windows are only attended to: nothing else is
+    seen of what the block makes of them.
     """
 
     def __init__(
@@ -172,8 +175,10 @@ class WindowStage(Stage):
         layer_scale: float | None,
         downsample: bool,
         activation_checkpointing: bool,
+        skip_padding: bool,
         scan_backend: str | None,
         conv_backend: str | None,
+        norm_backend: str | None,
     ) -> None:
         depth = len(drop_paths)
         first_attention = depth - depth // 2
@@ -183,19 +188,33 @@ class WindowStage(Stage):
                 return Attention(dim, num_heads)
             return MambaVisionMixer(dim, scan_backend=scan_backend, conv_backend=conv_backend)
 
+        def block(index: int) -> MixerBlock:
+            return MixerBlock(
+                dim,
+                mixer(index),
+                mlp_ratio=mlp_ratio,
+                drop_path=drop_paths[index],
+                layer_scale=layer_scale,
+                norm_backend=norm_backend,
+            )
+
         super().__init__(
-            [
-                MixerBlock(dim, mixer(j), mlp_ratio=mlp_ratio, drop_path=p, layer_scale=layer_scale)
-                for j, p in enumerate(drop_paths)
-            ],
+            [block(index) for index in range(depth)],
             Downsample(dim) if downsample else None,
             activation_checkpointing,
         )
         self.window_size = window_size
         self.window_padding = window_padding
+        self.skip_padding = skip_padding and first_attention < depth
 
     def _mix(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         shape = window_shape(height, width, self.window_size, self.window_padding)
-        windows = super()._mix(cut_windows(x, shape))
-        return join_windows(windows, shape, (height, width))
+        windows = cut_windows(x, shape)
+        *blocks, last = self.blocks
+        for block in blocks:
+            windows = self._run(block, windows)
+        # A window longer than the map is the only one along its axis.
+        part = (min(shape[0], height), min(shape[1], width)) if self.skip_padding else shape
+        wanted = None if part == shape else crop_windows(windows, shape, part)
+        return join_windows(self._run(last, windows, wanted), part, (height, width))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["PADDINGS", "cut_windows", "join_windows", "window_shape"]
+__all__ = ["PADDINGS", "crop_windows", "cut_windows", "join_windows", "window_shape"]
 
 PADDINGS = ("full", "fit")
 
@@ -50,6 +50,21 @@ def cut_windows(x: Tensor, shape: tuple[int, int]) -> Tensor:
         x = F.pad(x, (0, 0, 0, right, 0, below))
     x = x.unflatten(2, (-1, w)).unflatten(1, (-1, h))
     return x.transpose(2, 3).flatten(3, 4).flatten(0, 2).contiguous()
+
+
+def crop_windows(windows: Tensor, shape: tuple[int, int], part: tuple[int, int]) -> Tensor:
+    """Keep the first rows and columns of every window.
+
+    Args:
+        windows: (B * n, L, C).
+        shape: ``(h, w)`` of a window.
+        part: rows and columns to keep, ``(h', w')``.
+
+    Returns:
+        (B * n, h' * w', C), contiguous: a map's windows of shape ``part``, if that covers it.
+    """
+    rows, columns = part
+    return windows.unflatten(1, shape)[:, :rows, :columns].flatten(1, 2).contiguous()
 
 
 def join_windows(windows: Tensor, shape: tuple[int, int], size: tuple[int, int]) -> Tensor:

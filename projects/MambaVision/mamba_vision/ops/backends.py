@@ -2,7 +2,7 @@
 
 A backend is a module that holds
 
-    run(*tensors, **options) -> Tensor                  the operator
+    run(*tensors, **options)                            the operator: a tensor, or several
     obstacle(device, dtypes, **sizes) -> str | None     why it cannot run on tensors of this kind;
                                                         None if it can
 
@@ -20,14 +20,14 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ["Backends", "check_shape", "without_autocast"]
+__all__ = ["Backends", "autocast_dtype", "check_shape", "without_autocast"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 class Backend(Protocol):
     """What the module of a backend offers."""
 
-    def run(self, *tensors: Tensor | None, **options) -> Tensor: ...
+    def run(self, *tensors: Tensor | None, **options) -> Any: ...
 
     def obstacle(
         self, device: torch.device, dtypes: tuple[torch.dtype, ...], **sizes: int
@@ -174,3 +174,10 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     if device.type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype to which autocast, where it is on, casts a linear layer's input of ``dtype``."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return dtype
+    return dtype if dtype == torch.float64 else torch.get_autocast_dtype(device.type)

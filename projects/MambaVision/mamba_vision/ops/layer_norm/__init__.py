@@ -1,0 +1,77 @@
+"""A residual connection and the LayerNorm (arXiv:1607.06450) that reads it:
+
+    sum = x + gamma * branch
+    normed = (sum - mean) / sqrt(variance + eps) * weight + bias
+
+per token, over its C channels; mean and variance are float32 at least. The next linear layer reads
+``normed``, the next residual connection ``sum``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import Backends, autocast_dtype, check_shape, without_autocast
+
+__all__ = ["BACKENDS", "add_layer_norm"]
+
+BACKENDS = Backends(
+    operator="add_layer_norm",
+    variable="MAMBAVISION_NORM_BACKEND",
+    modules={
+        "triton": f"{__name__}.triton_layer_norm",
+        "torch": f"{__name__}.torch_layer_norm",
+    },
+)
+
+
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add a branch to ``x``, and normalize the sum; differentiable in every tensor.
+
+    Args:
+        x: (..., C) floating point; rows of adjacent numbers at a constant distance spare a copy.
+        branch: like x, perhaps of another dtype; None adds nothing.
+        gamma: (C,) scale of the branch; None scales nothing.
+        weight, bias: (C,).
+        eps: added to the variance.
+        dtype: of ``normed``; None takes that to which autocast casts the input of a linear layer,
+            and without autocast that of ``sum``.
+        backend: "triton", "torch", or "auto"; None takes the environment variable
+            MAMBAVISION_NORM_BACKEND, and without it "auto": the fastest for the device.
+
+    Returns:
+        ``sum``, in the dtype that PyTorch's own addition and multiplication give (``x`` itself if
+        there is no branch), and ``normed``, both like x.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype that does not fit.
+        UserError: the backend asked for cannot be used.
+    """
+    sizes = {"C": x.shape[-1]}
+    check_shape("weight", weight, "C", sizes)
+    check_shape("bias", bias, "C", sizes)
+    if branch is None:
+        gamma = None
+    elif branch.shape != x.shape:
+        raise ValueError(f"branch has shape {tuple(branch.shape)}, x has {tuple(x.shape)}")
+    if gamma is not None:
+        check_shape("gamma", gamma, "C", sizes)
+    tensors = (x, branch, gamma, weight, bias)
+    total = x.dtype
+    for tensor in (branch, gamma):
+        total = total if tensor is None else torch.promote_types(total, tensor.dtype)
+    chosen = BACKENDS.choose(backend, *tensors, width=x.shape[-1])
+    dtype = dtype or autocast_dtype(x.device, total)
+    with without_autocast(x.device):
+        return chosen.run(*tensors, eps=eps, dtype=dtype)
