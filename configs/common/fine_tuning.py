@@ -22,6 +22,7 @@ optimizer = L(torch.optim.AdamW)(
     lr=5e-5,
     betas=(0.9, 0.999),
     weight_decay=0.05,
+    fused=True,
 )
 
 lr_multiplier = L(WarmupParamScheduler)(

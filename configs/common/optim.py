@@ -9,4 +9,5 @@ optimizer = L(torch.optim.AdamW)(
     lr=1e-4,
     betas=(0.9, 0.999),
     weight_decay=0.05,
+    fused=True,
 )

@@ -7,6 +7,8 @@ train.eval_period = 7330
 train.checkpointer.update(period=7330, max_to_keep=3)
 train.log_period = 50
 
+train.ddp.gradient_as_bucket_view = True  # processes add up the gradients where they are
+
 train.amp.update(enabled=True, dtype="fp16")  # or bf16
 
 train.seed = -1  # from 0 on the same numbers are drawn in every run

@@ -3,7 +3,10 @@
 import copy
 import json
 import math
+import traceback
+import warnings
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mamba_vision import model_zoo
 from mamba_vision.engine.trainer import Trainer
 from mamba_vision.errors import UserError
+from mamba_vision.scalars import put_scalars
 
 
 class Net(nn.Module):
@@ -94,6 +98,41 @@ def test_logs_the_mean_of_the_parts():
     run(trained, 1)
     for name, value in expected.items():
         assert trained.storage.latest()[name][0] == pytest.approx(value.item())
+
+
+def test_what_the_model_logs_is_of_its_step():
+    class Logging(Net):
+        def forward(self, images):
+            losses = super().forward(images)
+            put_scalars({"accuracy": losses["loss_a"] * 0 + len(self.seen)})
+            return losses
+
+    trained = trainer(batches(), Logging(), accumulate=2)
+    run(trained, 3)
+    values = trained.storage.history("accuracy").values()
+    assert values == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (6, 2)]
+    losses = trained.storage.history("loss_b").values()
+    assert [step for _, step in losses] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize(("saved", "used"), [(None, True), (True, None), (True, True)])
+def test_a_checkpoint_of_another_kind_of_step_goes_on(saved, used, dtype):
+    def adam(fused):
+        net = Net()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=fused)
+        return Trainer(net, batches(), optimizer, seed=3, dtype=dtype)
+
+    whole, first, second = adam(used), adam(saved), adam(used)
+    run(whole, 1)
+    run(first, 1)
+    with EventStorage():
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second.model.load_state_dict(first.model.state_dict())
+    assert [group["fused"] for group in second.optimizer.param_groups] == [used]
+    for resumed in (whole, second):
+        resumed._data_loader_iter_obj = iter(batches())
+    torch.testing.assert_close(run(second, 3, start=1), run(whole, 3, start=1))
 
 
 @pytest.fixture
@@ -268,3 +307,42 @@ def test_the_detector_outlives_an_overflow_anywhere(detector, overflowing, value
     assert {"nan", "inf"} & set(record["losses"].values())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+WAITS_OF_HEADS = 3  # of each stage, for how many RoIs it samples
+WAITS_OF_TRAINER = 1  # for the losses and all else that is logged
+WAITS_OF_INPUT = 2 * 4  # of each image for its pixels, boxes, classes and masks to be copied
+WAITS_OF_PROPOSALS = 2 * 6  # of each image for how many boxes remain
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_the_cpu_waits_for_the_gpu_seldom(detector, dtype, tmp_path):
+    model, images = copy.deepcopy(detector)
+    model.cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    options = {"seed": 0, "dtype": dtype, "max_nonfinite": 9, "output_dir": tmp_path}
+    trained = Trainer(model, iter([images] * 4), optimizer, **options)
+    trained.train(0, 3)  # kernels are built, and the scale of gradients is found
+    waits, skipped = [], (__file__, warnings.__file__)
+
+    def record(message, *_, **__):
+        if "synchronizing" in str(message):
+            callers = [f for f in traceback.extract_stack()[::-1] if f.filename not in skipped]
+            waits.append(" < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in callers))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = record
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            trained.train(3, 4)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    of_heads = [wait for wait in waits if "cascade.py" in wait]
+    told = "\n".join(waits)
+    assert len(of_heads) == WAITS_OF_HEADS, told
+    assert all(wait.startswith("sampling.py") for wait in of_heads), told
+    assert sum(wait.startswith("scalars.py") for wait in waits) == WAITS_OF_TRAINER, told
+    most = WAITS_OF_HEADS + WAITS_OF_TRAINER + WAITS_OF_INPUT + WAITS_OF_PROPOSALS
+    assert len(waits) <= most, told

@@ -6,15 +6,16 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.roi_heads import (
-    FastRCNNConvFCHead,
-    FastRCNNOutputLayers,
-    MaskRCNNConvUpsampleHead,
-)
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from mamba_vision.roi_heads import ClassSpecificCascadeROIHeads
+from mamba_vision.roi_heads import (
+    ClassSpecificCascadeROIHeads,
+    ClassSpecificOutputLayers,
+    MaskHead,
+)
+from mamba_vision.scalars import flush_scalars
 
 CHANNELS = 4
 SIZE = (64, 96)  # of an image: height, width
@@ -23,6 +24,7 @@ STDS = [(0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.06
 
 def _parts(num_classes, stages=3, norm="BN", agnostic=False):
     """Arguments that the cascade shares with Detectron2's."""
+    options = {"cls_agnostic_bbox_reg": True, "box_reg_loss_type": "giou"} if agnostic else {}
     return {
         "num_classes": num_classes,
         "batch_size_per_image": 16,
@@ -39,14 +41,13 @@ def _parts(num_classes, stages=3, norm="BN", agnostic=False):
             for _ in range(stages)
         ],
         "box_predictors": [
-            FastRCNNOutputLayers(
+            (FastRCNNOutputLayers if agnostic else ClassSpecificOutputLayers)(
                 ShapeSpec(channels=8),
                 box2box_transform=Box2BoxTransform([1 / s for s in STDS[k]]),
                 num_classes=num_classes,
-                cls_agnostic_bbox_reg=agnostic,
                 test_score_thresh=0.05,
-                box_reg_loss_type="giou",
                 loss_weight={"loss_cls": 0.5**k, "loss_box_reg": 10 * 0.5**k},
+                **options,
             )
             for k in range(stages)
         ],
@@ -56,7 +57,7 @@ def _parts(num_classes, stages=3, norm="BN", agnostic=False):
 
 def _mask_heads(num_classes, stages=3):
     return [
-        MaskRCNNConvUpsampleHead(
+        MaskHead(
             ShapeSpec(channels=CHANNELS, height=14, width=14),
             num_classes=num_classes,
             conv_dims=[CHANNELS, CHANNELS],
@@ -163,6 +164,7 @@ def train(monkeypatch):
         monkeypatch.setattr(heads, "_run_stage", spy)
         with EventStorage() as storage:
             _, losses = heads.train()(None, features, proposals, targets)
+            flush_scalars()
         monkeypatch.undo()
         return losses, samples, predictions, storage
 

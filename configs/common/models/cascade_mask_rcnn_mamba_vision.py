@@ -6,17 +6,18 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.roi_heads import (
-    FastRCNNConvFCHead,
-    FastRCNNOutputLayers,
-    MaskRCNNConvUpsampleHead,
-)
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 
 from mamba_vision.backbone import VARIANTS as _VARIANTS
 from mamba_vision.backbone import MambaVision
 from mamba_vision.matcher import Matcher
 from mamba_vision.proposal_generator import RPN, AnchorGenerator
-from mamba_vision.roi_heads import ClassSpecificCascadeROIHeads, ROIPooler
+from mamba_vision.roi_heads import (
+    ClassSpecificCascadeROIHeads,
+    ClassSpecificOutputLayers,
+    MaskHead,
+    ROIPooler,
+)
 
 
 def bottom_up(variant):
@@ -65,7 +66,7 @@ model.roi_heads.update(
         for _ in range(3)
     ],
     box_predictors=[
-        L(FastRCNNOutputLayers)(
+        L(ClassSpecificOutputLayers)(
             input_shape=L(ShapeSpec)(channels=f"${{....box_heads[{stage}].fc_dims[0]}}"),
             box2box_transform=L(Box2BoxTransform)(weights=[1 / std for std in stds]),
             num_classes="${...num_classes}",
@@ -86,7 +87,7 @@ model.roi_heads.update(
         for iou in (0.5, 0.6, 0.7)
     ],
     mask_heads=[
-        L(MaskRCNNConvUpsampleHead)(
+        L(MaskHead)(
             input_shape=L(ShapeSpec)(channels="${.....backbone.out_channels}", height=14, width=14),
             conv_dims=["${.....backbone.out_channels}"] * 5,
             num_classes="${...num_classes}",

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from ..errors import UserError
 from ..randomness import seed_all
+from ..scalars import flush_scalars
 
 __all__ = ["Trainer"]
 
@@ -48,6 +49,8 @@ class Trainer(SimpleTrainer):
 
     - The gradient of a step is the mean over ``accumulate`` micro-batches, between which processes
       do not talk.
+    - The losses, and what the model logs by :mod:`mamba_vision.scalars`, come from the device in
+      one transfer, after the backward pass.
     - Every step draws its random numbers from a stream of its own (:mod:`mamba_vision.randomness`).
     - A step whose loss is infinite or NaN in any process is skipped: it is logged and written down,
       weights and batch norms' statistics stay, and ``max_nonfinite`` in a row stop the run.
@@ -116,10 +119,8 @@ class Trainer(SimpleTrainer):
             raise UserError(_out_of_memory(data, self.iter, self._accumulate)) from error
 
         bad = getattr(self.data_loader, "bad_images", None)
-        not_finite, self.stopping, new_bad = self._anywhere(
-            not torch.stack([loss.float() for loss in losses.values()]).isfinite().all().item(),
-            self._stop_requested(),
-            bad is not None and bad.has_news(),
+        values, (not_finite, self.stopping, new_bad) = self._learn(
+            losses, self._stop_requested(), bad is not None and bad.has_news()
         )
         if new_bad and bad is not None:
             bad.merge(comm.all_gather(bad.take_news()))
@@ -128,13 +129,14 @@ class Trainer(SimpleTrainer):
             except UserError as error:
                 self.stopping, self.failure = True, error
         if not_finite:
-            self._skip(data, losses)
+            self._skip(data, values)
             return
         self._nonfinite = 0
         self.after_backward()
-        self._write_metrics(losses, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+        # while the device takes the step
+        self._write_metrics({k: torch.tensor(value) for k, value in values.items()}, data_time)
 
     def after_train(self) -> None:
         """Close the hooks; what they raise does not hide why the training stopped."""
@@ -155,12 +157,17 @@ class Trainer(SimpleTrainer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        super().load_state_dict(state_dict | {"optimizer": self._as_here(state_dict["optimizer"])})
         self._seed = state_dict.get("seed", self._seed)
         self._nonfinite = state_dict.get("nonfinite", 0)
         scaler = state_dict.get("grad_scaler")
         if scaler and self.grad_scaler.is_enabled():
             self.grad_scaler.load_state_dict(scaler)
+
+    def _as_here(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """An optimizer's state, to be stepped as the config says, not as the checkpoint's was."""
+        here = {k: v for k, v in self.optimizer.defaults.items() if k == "fused"}
+        return optimizer | {"param_groups": [group | here for group in optimizer["param_groups"]]}
 
     def _accumulate_gradients(self, data: Batch) -> dict[str, Tensor]:
         """Set the gradients; returns the losses, each the mean over the micro-batches."""
@@ -182,15 +189,26 @@ class Trainer(SimpleTrainer):
                 total[name] = total[name] + loss.detach() if name in total else loss.detach()
         return total
 
-    def _anywhere(self, *flags: bool) -> list[bool]:
-        """For each flag whether it is set in any process."""
-        if comm.get_world_size() == 1:
-            return list(flags)
-        tensor = torch.tensor(flags, dtype=torch.int32, device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return [bool(flag) for flag in tensor.tolist()]
+    def _learn(
+        self, losses: Mapping[str, Tensor], *flags: bool
+    ) -> tuple[dict[str, float], list[bool]]:
+        """Fetch a step's numbers from the device, all at once, with what the model logged.
 
-    def _skip(self, data: Batch, losses: Mapping[str, Tensor]) -> None:
+        Returns:
+            The losses of this process; and whether in any process a loss is not finite, and for
+            each flag whether it is set in any.
+        """
+        values = torch.stack([loss.float() for loss in losses.values()])
+        given = torch.tensor(flags, dtype=torch.float32).to(self.device, non_blocking=True)
+        anywhere = torch.cat([(~values.isfinite().all()).float()[None], given])
+        if comm.get_world_size() > 1:
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        numbers = flush_scalars(torch.cat([anywhere, values]))
+        count = 1 + len(flags)
+        own = dict(zip(losses, numbers[count:], strict=True))
+        return own, [number > 0 for number in numbers[:count]]
+
+    def _skip(self, data: Batch, losses: Mapping[str, float]) -> None:
         """Leave the model as it was, and say of which images the loss was not finite."""
         _copy(self._statistics_before, self._statistics)
         self._nonfinite += 1
@@ -199,7 +217,7 @@ class Trainer(SimpleTrainer):
                 "iteration": self.iter,
                 "process": comm.get_rank(),
                 "images": [{"file_name": x.get("file_name"), "size": _size(x)} for x in data],
-                "losses": {name: _number(loss.item()) for name, loss in losses.items()},
+                "losses": {name: _number(loss) for name, loss in losses.items()},
             }
         )
         for record in records:
@@ -225,8 +243,9 @@ class Trainer(SimpleTrainer):
 
 @torch.no_grad()
 def _copy(source: list[Tensor], target: list[Tensor]) -> None:
-    if source:
-        torch._foreach_copy_(target, source)
+    for dtype in {tensor.dtype for tensor in source}:  # one launch each; mixed, one for each tensor
+        values = [tensor for tensor in source if tensor.dtype == dtype]
+        torch._foreach_copy_([tensor for tensor in target if tensor.dtype == dtype], values)
 
 
 def _size(image: Mapping[str, Any]) -> list[int]:

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.modeling.roi_heads import CascadeROIHeads
-from detectron2.modeling.roi_heads.roi_heads import select_foreground_proposals
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .mask_head import SharedMasks
+from .sampling import draw_samples
 
 __all__ = ["ClassSpecificCascadeROIHeads", "StageMaskHeads"]
 
@@ -110,49 +111,80 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
         """
         if not self.training:
             return super().forward(images, features, proposals)
-        samples: list[list[Instances]] = []
+        first: list[Instances] = []
         losses: dict[str, Tensor] = {}
         for k in range(self.num_cascade_stages):
-            samples.append(self.label_and_sample_proposals(proposals, targets, k))
-            predictions, flaw = _finite(self._run_stage(features, samples[k], k))
+            samples, foreground = self.label_and_sample_proposals(proposals, targets, k)
+            first = first or samples
+            predictions, flaw = _finite(self._run_stage(features, samples, k))
             with get_event_storage().name_scope(f"stage{k}"):
-                stage_losses = self.box_predictor[k].losses(predictions, samples[k])
+                stage_losses = self.box_predictor[k].losses(predictions, samples)
                 stage_losses = {name: loss + flaw for name, loss in stage_losses.items()}
                 if self.mask_on:
-                    stage_losses |= self._mask_losses(features, samples[k], targets, k)
+                    stage_losses |= self._mask_losses(features, foreground, targets, k)
             losses |= {f"{name}_stage{k}": loss for name, loss in stage_losses.items()}
             if k + 1 < self.num_cascade_stages:
-                proposals = self._refine(predictions, samples[k], k)
-        return samples[0], losses
+                proposals = self._refine(predictions, samples, k)
+        return first, losses
 
     @torch.no_grad()
     def label_and_sample_proposals(
         self, proposals: list[Instances], targets: list[Instances], stage: int = 0
-    ) -> list[Instances]:
+    ) -> tuple[list[Instances], list[Instances]]:
         """Match proposals at the IoU of ``stage`` and sample those to train it on.
 
+        The CPU waits once for the GPU, to learn how many there are.
+
         Args:
-            proposals: N images' ``proposal_boxes`` and ``objectness_logits``.
-            targets: N images' ``gt_boxes`` and ``gt_classes``, and whatever else the heads need.
+            proposals: N images' ``proposal_boxes``; those that ``is_ground_truth`` marks, if it is
+                there, are left out.
+            targets: N images' ``gt_boxes`` and ``gt_classes``.
             stage: cascade stage, from 0.
 
         Returns:
-            N images' samples: the proposals' fields, ``gt_classes`` (K for background),
-            ``is_ground_truth`` (bool: a target added to the proposals) and, where the image has
-            targets, ``gt_boxes`` and ``gt_index`` (the target's place among the image's targets).
+            N images' samples, foreground first: ``proposal_boxes``, ``gt_classes`` (K for
+            background), ``is_ground_truth`` (bool: a target added to the proposals) and, where the
+            image has targets, ``gt_boxes`` and ``gt_index`` (the target's place among the image's
+            targets). Then the foreground alone.
         """
-        self.proposal_matcher = self.proposal_matchers[stage]
-        proposals = [_mark(p if len(p) else _whole_frame(p), False) for p in proposals]
-        # A sample carries the number of its target, not a copy of its mask: 512 masks of full
-        # size are half a gigabyte an image.
-        slim_targets = []
-        for target in targets:
-            slim = Instances(target.image_size)
-            slim.gt_boxes, slim.gt_classes = target.gt_boxes, target.gt_classes
-            slim.gt_index = torch.arange(len(target), device=target.gt_classes.device)
-            slim_targets.append(_mark(slim, True))
-        with get_event_storage().name_scope(f"stage{stage}"):
-            return super().label_and_sample_proposals(proposals, slim_targets)
+        boxes, classes, matches, added = [], [], [], []
+        for given, target in zip(proposals, targets, strict=True):
+            own = given.proposal_boxes.tensor if len(given) else _whole_frame(given)
+            extra = target.gt_boxes.tensor[: None if self.proposal_append_gt else 0]
+            boxes.append(torch.cat([own, extra]))
+            iou = pairwise_iou(target.gt_boxes, Boxes(boxes[-1]))
+            match, label = self.proposal_matchers[stage](iou)
+            matches.append(match)
+            added.append(torch.arange(len(match), device=match.device) >= len(own))
+            classes.append(torch.full_like(match, self.num_classes))
+            if len(target):
+                classes[-1] = target.gt_classes[match].where(label == 1, self.num_classes)
+                classes[-1].masked_fill_(label == -1, -1)
+            if len(given) and given.has("is_ground_truth"):
+                classes[-1][: len(own)].masked_fill_(given.is_ground_truth, -1)
+
+        drawn, foreground, others = draw_samples(
+            torch.cat(classes),
+            [len(c) for c in classes],
+            background=self.num_classes,
+            batch_size_per_image=self.batch_size_per_image,
+            positive_fraction=self.positive_fraction,
+        )
+        storage = get_event_storage()
+        with storage.name_scope(f"stage{stage}"):
+            storage.put_scalar("roi_head/num_fg_samples", sum(foreground) / len(foreground))
+            storage.put_scalar("roi_head/num_bg_samples", sum(others) / len(others))
+
+        sizes = [f + b for f, b in zip(foreground, others, strict=True)]
+        parts = (torch.cat(x)[drawn].split(sizes) for x in (boxes, classes, matches, added))
+        samples = []
+        for target, boxes_i, classes_i, index, is_ground_truth in zip(targets, *parts, strict=True):
+            sample = Instances(target.image_size, proposal_boxes=Boxes(boxes_i))
+            sample.gt_classes, sample.is_ground_truth = classes_i, is_ground_truth
+            if len(target):
+                sample.gt_boxes, sample.gt_index = target.gt_boxes[index], index
+            samples.append(sample)
+        return samples, [s[:count] for s, count in zip(samples, foreground, strict=True)]
 
     def _run_stage(self, features, proposals, stage):
         """Class logits (R, K + 1) and deltas (R, 4 K) of one stage."""
@@ -165,18 +197,19 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
 
     @torch.no_grad()
     def _refine(self, predictions, proposals: list[Instances], stage: int) -> list[Instances]:
-        """The next stage's proposals: each box moved by the deltas of its class and clipped."""
-        matched = torch.cat([p.gt_classes for p in proposals]) if self.training else None
+        """The next stage's proposals: each box moved by the deltas of its class and clipped.
+
+        Those that were ground truth stay, marked as such, and are not sampled again.
+        """
+        matched = torch.cat([p.gt_classes for p in proposals])
         boxes = torch.cat([p.proposal_boxes.tensor for p in proposals])
         boxes = self._move(predictions, boxes, torch.cat(_frames(proposals)), stage, matched)
-        refined = []
-        for used, moved in zip(proposals, boxes.split([len(p) for p in proposals]), strict=True):
-            instances = Instances(used.image_size, proposal_boxes=Boxes(moved))
-            if self.training:  # sampling needs the logits, and adds the ground truth afresh
-                instances.objectness_logits = used.objectness_logits
-                instances = instances[~used.is_ground_truth]
-            refined.append(instances)
-        return refined
+        return [
+            Instances(
+                used.image_size, proposal_boxes=Boxes(moved), is_ground_truth=used.is_ground_truth
+            )
+            for used, moved in zip(proposals, boxes.split([len(p) for p in proposals]), strict=True)
+        ]
 
     def _move(
         self,
@@ -272,12 +305,11 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
         found = self.mask_head(self.mask_pooler(features, boxes), instances)
         return [(i.pred_masks,) for i in found]
 
-    def _mask_losses(self, features, samples, targets, stage: int) -> dict[str, Tensor]:
+    def _mask_losses(self, features, foreground, targets, stage: int) -> dict[str, Tensor]:
         """Loss of one stage's mask head on the foreground among that stage's samples."""
-        foreground, _ = select_foreground_proposals(samples, self.num_classes)
         for foreground_i, target in zip(foreground, targets, strict=True):
             if len(foreground_i):
-                foreground_i.gt_masks = target.gt_masks[foreground_i.gt_index]
+                foreground_i.gt_masks = SharedMasks(target.gt_masks, foreground_i.gt_index)
         pooled = self.mask_pooler(
             [features[f] for f in self.mask_in_features],
             [x.proposal_boxes for x in foreground],
@@ -308,20 +340,7 @@ def _frames(proposals: list[Instances]) -> list[Tensor]:
     return frames
 
 
-def _mark(instances: Instances, is_ground_truth: bool) -> Instances:
-    """A copy with the field ``is_ground_truth``, bool, (R_i,)."""
-    marked = Instances(instances.image_size, **instances.get_fields())
-    boxes = instances.gt_boxes if is_ground_truth else instances.proposal_boxes
-    marked.is_ground_truth = torch.full((len(boxes),), is_ground_truth, device=boxes.device)
-    return marked
-
-
-def _whole_frame(proposals: Instances) -> Instances:
-    """The image's frame as its one proposal, with the device and dtype of ``proposals``."""
+def _whole_frame(proposals: Instances) -> Tensor:
+    """The image's frame as its one proposal, (1, 4), with the device and dtype of ``proposals``."""
     height, width = proposals.image_size
-    boxes = proposals.proposal_boxes.tensor.new_tensor([[0, 0, width, height]])
-    return Instances(
-        proposals.image_size,
-        proposal_boxes=Boxes(boxes),
-        objectness_logits=proposals.objectness_logits.new_zeros(1),
-    )
+    return proposals.proposal_boxes.tensor.new_tensor([[0, 0, width, height]])

@@ -1,0 +1,131 @@
+"""Classes and boxes of RoIs, and their losses.
+
+Shapes:
+    R RoIs of all images together; K foreground classes; class logits (R, K + 1), background last;
+    deltas (R, 4 K), class by class (dx, dy, dw, dh).
+"""
+
+from __future__ import annotations
+
+import torch
+from detectron2.layers import cross_entropy
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.structures import Instances
+from torch import Tensor
+
+from ..errors import UserError
+from ..scalars import put_scalars
+
+__all__ = ["ClassSpecificOutputLayers", "giou_loss"]
+
+
+class ClassSpecificOutputLayers(FastRCNNOutputLayers):
+    """Detectron2's predictor, with the same losses and statistics, of class-specific boxes by GIoU.
+
+    Detectron2 lists the foreground, for which the CPU waits until the GPU is done with all that it
+    was given before. Here the box loss is a sum over all RoIs, in which background counts nothing.
+    """
+
+    def __init__(self, *args, box_reg_loss_type: str = "giou", **kwargs) -> None:
+        """
+        Args:
+            args, kwargs: as for ``FastRCNNOutputLayers``, but those below.
+            box_reg_loss_type: ``"giou"``.
+
+        Raises:
+            UserError: another loss is asked for.
+        """
+        super().__init__(*args, box_reg_loss_type=box_reg_loss_type, **kwargs)
+        asked = {
+            f"box_reg_loss_type={box_reg_loss_type}": box_reg_loss_type != "giou",
+            "cls_agnostic_bbox_reg": self.bbox_pred.out_features != 4 * self.num_classes,
+            "use_sigmoid_ce": self.use_sigmoid_ce,
+        }
+        for argument, wrong in asked.items():
+            if wrong:
+                raise UserError(
+                    f"{argument}: this predictor has softmax and class-specific boxes with GIoU "
+                    "alone; use detectron2.modeling.roi_heads.FastRCNNOutputLayers"
+                )
+
+    def losses(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> dict[str, Tensor]:
+        """The losses of samples.
+
+        Args:
+            predictions: class logits (R, K + 1) and deltas (R, 4 K).
+            proposals: N images' samples, with ``proposal_boxes``, ``gt_classes`` (K for background)
+                and, where the image has objects, ``gt_boxes``.
+
+        Returns:
+            ``loss_cls``, the mean cross entropy, and ``loss_box_reg``, the sum of 1 - GIoU over the
+            foreground divided by R; weighted.
+        """
+        logits, deltas = predictions
+        classes = torch.cat([p.gt_classes for p in proposals])
+        boxes = torch.cat([p.proposal_boxes.tensor for p in proposals])
+        objects = torch.cat(
+            [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
+        )
+        foreground = (classes >= 0) & (classes < self.num_classes)
+        _put_statistics(logits, classes, foreground)
+
+        own = classes.clamp(0, self.num_classes - 1)[:, None, None].expand(-1, 1, 4)
+        deltas = deltas.view(-1, self.num_classes, 4).gather(1, own).squeeze(1)
+        # Chosen before they are used: a box without a size may have a loss whose gradient is none.
+        inside = foreground[:, None]
+        moved = self.box2box_transform.apply_deltas(deltas.where(inside, 0), boxes)
+        apart = giou_loss(moved, objects.where(inside, boxes))
+        losses = {
+            "loss_cls": cross_entropy(logits, classes, reduction="mean"),
+            "loss_box_reg": apart.where(foreground, 0).sum() / max(len(classes), 1),
+        }
+        return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
+
+
+def giou_loss(boxes: Tensor, others: Tensor) -> Tensor:
+    """1 - GIoU of paired boxes (arXiv:1902.09630).
+
+    ``fvcore.nn.giou_loss`` without its assertions and its list of the boxes that meet, for which
+    the CPU would wait.
+
+    Args:
+        boxes, others: (R, 4), from corner to corner.
+
+    Returns:
+        (R,), from 0 to 2; of a box without area, too, with a finite gradient.
+    """
+    tiny = 1e-7
+    start, end = boxes.split(2, dim=1)
+    other_start, other_end = others.split(2, dim=1)
+    sizes = torch.stack(
+        [
+            end - start,
+            other_end - other_start,
+            (torch.minimum(end, other_end) - torch.maximum(start, other_start)).clamp(min=0),
+            torch.maximum(end, other_end) - torch.minimum(start, other_start),
+        ]
+    )
+    widths, heights = sizes.unbind(dim=2)
+    area, other_area, common, hull = widths * heights  # prod() would wait in the backward pass
+    union = area + other_area - common
+    return 1 - common / (union + tiny) + (hull - union) / (hull + tiny)
+
+
+@torch.no_grad()
+def _put_statistics(logits: Tensor, classes: Tensor, foreground: Tensor) -> None:
+    """Log accuracies under Detectron2's names; without foreground those of it are NaN."""
+    predicted = logits.argmax(dim=1)
+    right = predicted == classes
+    missed = predicted == logits.shape[1] - 1
+    counts = torch.stack([right, right & foreground, missed & foreground, foreground]).sum(dim=1)
+    accuracy = counts[0] / len(classes)
+    of_foreground = counts[1:3] / counts[3]
+    put_scalars(
+        {
+            "fast_rcnn/cls_accuracy": accuracy,
+            "fast_rcnn/fg_cls_accuracy": of_foreground[0],
+            "fast_rcnn/false_negative": of_foreground[1],
+        }
+    )
