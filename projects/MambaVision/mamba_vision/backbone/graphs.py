@@ -68,8 +68,10 @@ class TrainingGraphs:
         """
         if not self._failed and (x.is_cuda or self._given) and _are_trained(blocks):
             sequence = nn.Sequential(*blocks)
-            weights = list(sequence.parameters())
-            recording = self._find(sequence, weights, x)
+            modules = list(sequence.modules())
+            weights = _weights(modules)
+            plain = all(map(_is_plain, modules)) and any(t.requires_grad for t in (x, *weights))
+            recording = self._find(sequence, _state(modules, weights), x) if plain else None
             if recording is not None:
                 token = _Token()
                 self._pending = weakref.ref(token)
@@ -85,14 +87,8 @@ class TrainingGraphs:
         self._known: dict[tuple, _Recording] = {}
         self._record = self._given
 
-    def _find(
-        self, blocks: nn.Sequential, weights: Sequence[Tensor], x: Tensor
-    ) -> _Recording | None:
+    def _find(self, blocks: nn.Sequential, state: tuple, x: Tensor) -> _Recording | None:
         """The recording to replay; None if none may be."""
-        modules = list(blocks.modules())
-        if not all(map(_is_plain, modules)) or not any(t.requires_grad for t in (x, *weights)):
-            return None
-        state = _state(modules, weights)
         if state != self._state:
             self._start(state)
         if self._pending is not None and self._pending() is not None:
@@ -235,6 +231,12 @@ def _is_plain(module: nn.Module) -> bool:
         or module._compiled_call_impl is not None
         or "_orig_mod" in module._modules  # of torch.compile
     )
+
+
+def _weights(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Those of all modules, in the order of nn.Module.parameters, which takes much longer."""
+    weights = (w for module in modules for w in module._parameters.values() if w is not None)
+    return list(dict.fromkeys(weights))
 
 
 def _state(modules: Sequence[nn.Module], weights: Sequence[Tensor]) -> tuple:
