@@ -17,6 +17,7 @@ def _window_stage(depth=2, drop_path=0.0, **options) -> WindowStage:
         "downsample": False,
         "activation_checkpointing": False,
         "skip_padding": True,
+        "cuda_graphs": True,
         "scan_backend": None,
         "conv_backend": None,
         "norm_backend": None,

@@ -62,6 +62,9 @@ class MambaVision(Backbone):
             the features have autocast's dtype, where it is on.
         skip_padding: compute nothing that depends on padding alone: where a single window covers
             the map's rows or columns, the last block of its stage leaves out the padded ones.
+        cuda_graphs: in training on a GPU record the windowed stages, but for their last blocks, and
+            replay them: for the first two shapes of their input that come three times. Without
+            effect where blocks are checkpointed, compiled or hooked.
         scan_backend, conv_backend: of :func:`~mamba_vision.ops.selective_scan` and
             :func:`~mamba_vision.ops.depthwise_conv1d_silu`; None leaves the choice to them.
         attention_backend: of :class:`~mamba_vision.backbone.attention.Attention`.
@@ -90,6 +93,7 @@ class MambaVision(Backbone):
         window_padding: str = "full",
         fused_norm: bool = True,
         skip_padding: bool = True,
+        cuda_graphs: bool = True,
         scan_backend: str | None = None,
         conv_backend: str | None = None,
         attention_backend: str | None = None,
@@ -149,6 +153,7 @@ class MambaVision(Backbone):
                     downsample=downsample,
                     activation_checkpointing=activation_checkpointing,
                     skip_padding=skip_padding,
+                    cuda_graphs=cuda_graphs,
                     scan_backend=scan_backend,
                     conv_backend=conv_backend,
                     norm_backend=self.norm_backend,

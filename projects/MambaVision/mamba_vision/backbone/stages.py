@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import Attention
 from .blocks import ConvBlock, MixerBlock
+from .graphs import TrainingGraphs
 from .mixer import MambaVisionMixer
 from .windows import crop_windows, cut_windows, join_windows, window_shape
 
@@ -123,7 +124,10 @@ class Stage(nn.Module):
         return x, None if self.downsample is None else self.downsample(x)
 
     def _mix(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
+        return self._run_all(list(self.blocks), x)
+
+    def _run_all(self, blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
+        for block in blocks:
             x = self._run(block, x)
         return x
 
@@ -176,6 +180,7 @@ class WindowStage(Stage):
         downsample: bool,
         activation_checkpointing: bool,
         skip_padding: bool,
+        cuda_graphs: bool,
         scan_backend: str | None,
         conv_backend: str | None,
         norm_backend: str | None,
@@ -207,14 +212,20 @@ class WindowStage(Stage):
         self.window_size = window_size
         self.window_padding = window_padding
         self.skip_padding = skip_padding and first_attention < depth
+        self.graphs = TrainingGraphs() if cuda_graphs else None
+
+    def _run_all(self, blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
+        compiled = torch.compiler.is_compiling()
+        if compiled or self.graphs is None or self.activation_checkpointing:
+            return super()._run_all(blocks, x)
+        return self.graphs(blocks, x)
 
     def _mix(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         shape = window_shape(height, width, self.window_size, self.window_padding)
         windows = cut_windows(x, shape)
         *blocks, last = self.blocks
-        for block in blocks:
-            windows = self._run(block, windows)
+        windows = self._run_all(blocks, windows)
         # A window longer than the map is the only one along its axis.
         part = (min(shape[0], height), min(shape[1], width)) if self.skip_padding else shape
         wanted = None if part == shape else crop_windows(windows, shape, part)

@@ -1,0 +1,67 @@
+"""Work on a GPU recorded once and launched again as one: CUDA graphs.
+
+A graph is bound to the memory that it was recorded with: what it reads must be put there before,
+and what it computes lies where it lay the last time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["CudaRecorder", "Record", "Run"]
+
+Run = Callable[[], None]
+Record = Callable[..., tuple[Run, ...]]  # from functions to as many that do the same, only faster
+
+
+class CudaRecorder:
+    """Records CUDA graphs that share their memory: none may run while another's is still needed.
+
+    Args:
+        device: the graphs'.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = _stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, *runs: Run) -> tuple[Run, ...]:
+        """Record functions that are always called in the order given.
+
+        Each is called twice: first as it is, for what is chosen, compiled or allocated only once.
+        The numbers that this draws are drawn again afterwards.
+
+        Returns:
+            For each function one that launches its graph.
+
+        Raises:
+            RuntimeError: a function cannot be recorded. The recorder is of no more use.
+        """
+        graphs = [torch.cuda.CUDAGraph() for _ in runs]
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):  # torch.cuda.graph stays on it after an error
+                with torch.random.fork_rng([torch.cuda.current_device()]):
+                    for run in runs:
+                        run()
+                for run, graph in zip(runs, graphs):
+                    with torch.cuda.graph(
+                        graph,
+                        pool=self._pool,
+                        stream=self._stream,
+                        capture_error_mode="thread_local",  # other threads may pin memory
+                    ):
+                        run()
+            current.wait_stream(self._stream)
+        return tuple(graph.replay for graph in graphs)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The one to record on: libraries keep a workspace for every stream that they ever saw."""
+    return torch.cuda.Stream(device)
