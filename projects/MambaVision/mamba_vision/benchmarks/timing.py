@@ -6,7 +6,8 @@ import importlib.metadata
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -18,6 +19,7 @@ __all__ = [
     "Table",
     "captured",
     "check_device",
+    "exact",
     "machine",
     "milliseconds",
     "ratio",
@@ -84,6 +86,20 @@ def captured(function: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         function()
     return graph.replay
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """While open, float32 is float32: no convolution or product of matrices rounds to TF32."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before):
+            backend.allow_tf32 = allowed
 
 
 class Memory:

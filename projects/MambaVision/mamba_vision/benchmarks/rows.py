@@ -1,0 +1,212 @@
+"""The optimisations, each with a switch, and the rows of a comparison: one more switched on in each.
+
+The first row, ``plain``, has all of them off: plain layers of torch and Detectron2's own parts,
+with the operators of mamba-ssm and causal-conv1d where these are installed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import instantiate
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..engine.overrides import apply_overrides
+from ..errors import UserError
+from ..ops.benchmark_operators import OPERATORS, Shape
+
+__all__ = ["SWITCHES", "Row", "Switch", "build", "make_rows", "usable_switches"]
+
+BOTTOM_UP = "model.backbone.bottom_up"
+POOLERS = ("detectron2.modeling.poolers.ROIPooler", "mamba_vision.roi_heads.ROIPooler")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """An optimisation.
+
+    Args:
+        name: in the tables.
+        config: its config keys, each with the value for off and the one for on.
+        prepare: its argument of :func:`mamba_vision.inference.prepare`, which evaluation alone has.
+        gpu: it does nothing on a CPU.
+        half: it does nothing in float32.
+    """
+
+    name: str
+    config: tuple[tuple[str, str, str], ...] = ()
+    prepare: str | None = None
+    gpu: bool = False
+    half: bool = False
+
+    @property
+    def of_backbone(self) -> bool:
+        """Whether the backbone alone has it."""
+        own = all(key.startswith(BOTTOM_UP) for key, _, _ in self.config)
+        return own and self.prepare in (None, "fuse", "cuda_graphs")
+
+    @property
+    def of_optimizer(self) -> bool:
+        return any(key.startswith("optimizer.") for key, _, _ in self.config)
+
+
+SWITCHES = (
+    Switch(
+        "operators",
+        (
+            (f"{BOTTOM_UP}.scan_backend", "mamba_ssm", "null"),
+            (f"{BOTTOM_UP}.conv_backend", "causal_conv1d", "null"),
+        ),
+        gpu=True,
+    ),
+    Switch("attention", ((f"{BOTTOM_UP}.attention_backend", "pytorch", "null"),), gpu=True),
+    Switch("fused_norm", ((f"{BOTTOM_UP}.fused_norm", "false", "true"),)),
+    Switch("skip_padding", ((f"{BOTTOM_UP}.skip_padding", "false", "true"),)),
+    Switch(
+        "pooler",
+        (
+            ("model.roi_heads.box_pooler._target_", *POOLERS),
+            ("model.roi_heads.mask_pooler._target_", *POOLERS),
+        ),
+    ),
+    Switch("decode_top", (("model.proposal_generator.decode_top", "false", "true"),)),
+    Switch("fused_adamw", (("optimizer.fused", "false", "true"),)),
+    Switch("cast_once", prepare="dtype", half=True),  # first: a prepared model casts at every call
+    Switch("fuse", prepare="fuse"),
+    Switch("cuda_graphs", prepare="cuda_graphs", gpu=True),
+)
+
+# What takes the place of the operators that others are measured by where it is not installed.
+_OPERATORS = {"mamba_ssm": "selective_scan", "causal_conv1d": "depthwise_conv1d_silu"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A detector of the comparison.
+
+    Args:
+        name: ``plain``, a switch's, ``all``, or that of a row beyond.
+        padding: ``window_padding``.
+        config: with this row's switches.
+        prepare: the arguments of ``prepare`` that are on; without any nothing is prepared.
+    """
+
+    name: str
+    padding: str
+    config: DictConfig
+    prepare: frozenset[str] = frozenset()
+
+    @property
+    def cells(self) -> tuple[str, str]:
+        """What a table says of the row first."""
+        return (self.name if self.name in ("plain", "all") else f"+ {self.name}", self.padding)
+
+
+def usable_switches(
+    config: DictConfig, device: str, dtype: torch.dtype
+) -> tuple[list[Switch], list[str]]:
+    """The switches that change something here, and a word on each of the others.
+
+    Raises:
+        UserError: the config's detector is not built upon a MambaVision.
+    """
+    if OmegaConf.select(config, f"{BOTTOM_UP}.dim") is None:
+        raise UserError(
+            f"{BOTTOM_UP} is not a MambaVision; give the config of a detector with one"
+        )
+    usable, words = [], []
+    for switch in SWITCHES:
+        present = tuple(
+            (key, _installed(off, device), on)
+            for key, off, on in switch.config
+            if OmegaConf.select(config, key.rpartition(".")[0]) is not None
+        )
+        switch = Switch(switch.name, present, switch.prepare, switch.gpu, switch.half)
+        if reason := _obstacle(switch, config, device, dtype):
+            words.append(f"without {switch.name}: {reason}")
+        else:
+            usable.append(switch)
+    return usable, words
+
+
+def _installed(backend: str, device: str) -> str:
+    if backend not in _OPERATORS or device == "cpu":
+        return backend
+    operator = OPERATORS[_OPERATORS[backend]]
+    tensors = [x.to(device) for x in operator.draw(Shape(1, 1, 8, 1), torch.float32)]
+    return "torch" if operator.obstacle(backend, tensors) else backend
+
+
+def _obstacle(
+    switch: Switch, config: DictConfig, device: str, dtype: torch.dtype
+) -> str | None:
+    if switch.gpu and device == "cpu":
+        return "it does nothing on a CPU"
+    if switch.half and dtype is torch.float32:
+        return "it does nothing in float32"
+    if switch.prepare:
+        return _missing("mamba_vision.inference.prepare")
+    if not switch.config:
+        return "the config has no such part"
+    for key, off, on in switch.config:
+        if key.endswith("._target_") and (reason := _missing(on)):
+            return reason
+        try:
+            apply_overrides(copy.deepcopy(config), [f"{key}={off}"])
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def _missing(name: str) -> str | None:
+    try:
+        locate(name)
+    except (ImportError, AttributeError):
+        return f"there is no {name}"
+    return None
+
+
+def make_rows(
+    config: DictConfig, switches: Sequence[Switch], paddings: Iterable[str], only: Sequence[str]
+) -> list[Row]:
+    """For each padding all switches off, then one more of them on in each row.
+
+    Args:
+        config: is not changed.
+        switches: in the order in which they are switched on.
+        paddings: of ``window_padding``.
+        only: names of rows to keep; all without any. The last row is called ``all``.
+
+    Raises:
+        UserError: a name is none of a row.
+    """
+    names = ["plain", *(switch.name for switch in switches)]
+    names[-1] = "all" if switches else "plain"
+    for name in only:
+        if name not in names:
+            raise UserError(f"--only: {name!r} is none of the rows {', '.join(names)}")
+    rows = []
+    for padding in paddings:
+        for count, name in enumerate(names):
+            if only and name not in only:
+                continue
+            changed = copy.deepcopy(config)
+            changed.model.backbone.bottom_up.window_padding = padding
+            for k, switch in enumerate(switches):
+                for key, off, on in switch.config:
+                    apply_overrides(changed, [f"{key}={on if k < count else off}"])
+            prepared = frozenset(s.prepare for s in switches[:count] if s.prepare)
+            rows.append(Row(name, padding, changed, prepared))
+    return rows
+
+
+def build(config: DictConfig, state: dict[str, torch.Tensor], device: str) -> nn.Module:
+    """A model of a config's in eval mode, which shares the weights ``state``."""
+    model = instantiate(config).to(device).eval()
+    model.load_state_dict(state, assign=True)
+    return model
