@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from ..backbone.windows import PADDINGS
 from ..engine.config import load_config
-from .rows import Switch, usable_switches
+from .rows import Switch, check_names, usable_switches
 from .timing import DTYPES, check_device, machine
 
 __all__ = ["add_options", "positive", "start"]
@@ -49,9 +49,10 @@ def start(args: argparse.Namespace) -> tuple[DictConfig, list[Switch], torch.dty
         The config, the switches that change something, and the number format of the rows.
 
     Raises:
-        UserError: there is no such device or config.
+        UserError: there is no such device, row or config.
     """
     check_device(args.device, args.rounds)
+    check_names(args.only)
     config = load_config(args.config_file, args.opts)
     config.train.device = args.device
     dtype = DTYPES[args.dtype]

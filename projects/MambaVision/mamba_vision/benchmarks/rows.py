@@ -15,12 +15,13 @@ from detectron2.config import instantiate
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 from ..engine.overrides import apply_overrides
 from ..errors import UserError
 from ..ops.benchmark_operators import OPERATORS, Shape
 
-__all__ = ["SWITCHES", "Row", "Switch", "build", "make_rows", "usable_switches"]
+__all__ = ["SWITCHES", "Row", "Switch", "build", "check_names", "make_rows", "usable_switches"]
 
 BOTTOM_UP = "model.backbone.bottom_up"
 POOLERS = ("detectron2.modeling.poolers.ROIPooler", "mamba_vision.roi_heads.ROIPooler")
@@ -64,7 +65,9 @@ SWITCHES = (
         ),
         gpu=True,
     ),
-    Switch("attention", ((f"{BOTTOM_UP}.attention_backend", "pytorch", "null"),), gpu=True),
+    Switch(  # off: the kernel that PyTorch chooses by itself
+        "attention", ((f"{BOTTOM_UP}.attention_backend", "pytorch", "null"),), gpu=True, half=True
+    ),
     Switch("fused_norm", ((f"{BOTTOM_UP}.fused_norm", "false", "true"),)),
     Switch("skip_padding", ((f"{BOTTOM_UP}.skip_padding", "false", "true"),)),
     Switch(
@@ -90,7 +93,7 @@ class Row:
     """A detector of the comparison.
 
     Args:
-        name: ``plain``, a switch's, ``all``, or that of a row beyond.
+        name: what is on.
         padding: ``window_padding``.
         config: with this row's switches.
         prepare: the arguments of ``prepare`` that are on; without any nothing is prepared.
@@ -104,7 +107,7 @@ class Row:
     @property
     def cells(self) -> tuple[str, str]:
         """What a table says of the row first."""
-        return (self.name if self.name in ("plain", "all") else f"+ {self.name}", self.padding)
+        return self.name, self.padding
 
 
 def usable_switches(
@@ -122,7 +125,7 @@ def usable_switches(
     usable, words = [], []
     for switch in SWITCHES:
         present = tuple(
-            (key, _installed(off, device), on)
+            (key, _off(off, config, device, dtype), on)
             for key, off, on in switch.config
             if OmegaConf.select(config, key.rpartition(".")[0]) is not None
         )
@@ -134,12 +137,19 @@ def usable_switches(
     return usable, words
 
 
-def _installed(backend: str, device: str) -> str:
-    if backend not in _OPERATORS or device == "cpu":
-        return backend
-    operator = OPERATORS[_OPERATORS[backend]]
-    tensors = [x.to(device) for x in operator.draw(Shape(1, 1, 8, 1), torch.float32)]
-    return "torch" if operator.obstacle(backend, tensors) else backend
+def _off(value: str, config: DictConfig, device: str, dtype: torch.dtype) -> str:
+    """What a switch's value for off means here."""
+    if device == "cuda" and value in _OPERATORS:
+        operator = OPERATORS[_OPERATORS[value]]
+        tensors = [x.to(device) for x in operator.draw(Shape(1, 1, 8, 1), torch.float32)]
+        return "torch" if operator.obstacle(value, tensors) else value
+    if device == "cuda" and value == "pytorch":
+        bottom_up = config.model.backbone.bottom_up
+        width = 4 * bottom_up.dim // bottom_up.num_heads[2]
+        q = torch.zeros(1, 1, 64, -(-width // 8) * 8, device=device, dtype=dtype)
+        chosen = SDPBackend(torch._fused_sdp_choice(q, q, q))
+        return chosen.name.removesuffix("_ATTENTION").lower()
+    return value
 
 
 def _obstacle(
@@ -159,7 +169,7 @@ def _obstacle(
         try:
             apply_overrides(copy.deepcopy(config), [f"{key}={off}"])
         except UserError as error:
-            return str(error)
+            return str(error).partition(";")[0]
     return None
 
 
@@ -171,6 +181,18 @@ def _missing(name: str) -> str | None:
     return None
 
 
+def check_names(only: Iterable[str]) -> None:
+    """Check the names of rows given by ``--only``.
+
+    Raises:
+        UserError: one is none of a row.
+    """
+    names = ["plain", *(switch.name for switch in SWITCHES), "all"]
+    for name in only:
+        if name not in names:
+            raise UserError(f"--only: {name!r} is none of the rows {', '.join(names)}")
+
+
 def make_rows(
     config: DictConfig, switches: Sequence[Switch], paddings: Iterable[str], only: Sequence[str]
 ) -> list[Row]:
@@ -180,20 +202,17 @@ def make_rows(
         config: is not changed.
         switches: in the order in which they are switched on.
         paddings: of ``window_padding``.
-        only: names of rows to keep; all without any. The last row is called ``all``.
-
-    Raises:
-        UserError: a name is none of a row.
+        only: ``plain``, ``all`` and names of switches whose rows to keep; all without any.
     """
-    names = ["plain", *(switch.name for switch in switches)]
-    names[-1] = "all" if switches else "plain"
-    for name in only:
-        if name not in names:
-            raise UserError(f"--only: {name!r} is none of the rows {', '.join(names)}")
     rows = []
     for padding in paddings:
-        for count, name in enumerate(names):
-            if only and name not in only:
+        for count in range(len(switches) + 1):
+            names = [switches[count - 1].name if count else "plain"]
+            label = f"+ {names[0]}" if count else "plain"
+            if count and count == len(switches):
+                names.append("all")
+                label = f"all ({label})"
+            if only and not set(names) & set(only):
                 continue
             changed = copy.deepcopy(config)
             changed.model.backbone.bottom_up.window_padding = padding
@@ -201,7 +220,7 @@ def make_rows(
                 for key, off, on in switch.config:
                     apply_overrides(changed, [f"{key}={on if k < count else off}"])
             prepared = frozenset(s.prepare for s in switches[:count] if s.prepare)
-            rows.append(Row(name, padding, changed, prepared))
+            rows.append(Row(label, padding, changed, prepared))
     return rows
 
 

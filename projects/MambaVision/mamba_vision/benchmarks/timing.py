@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import platform
 import statistics
@@ -108,6 +109,7 @@ class Memory:
     def __init__(self, device: str) -> None:
         self._cuda = device == "cuda"
         if self._cuda:
+            gc.collect()
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
 
