@@ -10,7 +10,11 @@ from mamba_vision.benchmarks import backbone, detector
 from mamba_vision.errors import ArgumentParser, cli
 from mamba_vision.ops import benchmark as ops
 
-COMMANDS = {"ops": ops, "backbone": backbone, "detector": detector}  # modules with add_arguments(parser) and run(args) -> exit code
+COMMANDS = {
+    "ops": ops,
+    "backbone": backbone,
+    "detector": detector,
+}  # modules with add_arguments(parser) and run(args) -> exit code
 
 
 @cli

@@ -51,8 +51,8 @@ class Entry:
     """What was seen of one row; times in seconds, a number per round."""
 
     row: Row
-    forward: Callable[[], object] = lambda: None
-    both: Callable[[], object] | None = None
+    forward: Callable[[], object] = list
+    both: Callable[[], object] = list
     error: float = 0.0
     gradient_error: float | None = None
     correct: bool = True
@@ -164,9 +164,7 @@ def _backward(
             entry.both_times.append(seconds(entry.both, args.device))
 
 
-def _model(
-    row: Row, state: dict[str, Tensor], device: str, *, copied: bool = False
-) -> nn.Module:
+def _model(row: Row, state: dict[str, Tensor], device: str, *, copied: bool = False) -> nn.Module:
     state = copy.deepcopy(state) if copied else state
     return build(row.config.model.backbone.bottom_up, state, device)
 
@@ -240,6 +238,8 @@ def _worst(found: Iterable[Tensor], truth: Iterable[Tensor]) -> float:
 def _distance(found: Iterable[Tensor], truth: Iterable[Tensor]) -> float:
     """The length of the difference over that of the truth, all tensors together."""
     pairs = [(a.double(), b.double()) for a, b in zip(found, truth, strict=True)]
-    lengths = (sum(float(x.square().sum()) for x in xs) for xs in zip(*[(a - b, b) for a, b in pairs]))
+    lengths = (
+        sum(float(x.square().sum()) for x in xs) for xs in zip(*[(a - b, b) for a, b in pairs])
+    )
     difference, length = lengths
     return (difference / length) ** 0.5

@@ -25,13 +25,13 @@ __all__ = ["add_targets", "calibrate", "draw_images", "limit_detections", "set_t
 FILE_SCALE = 0.6  # of a file's sides to the resized image's: 640 x 480 to 1067 x 800
 CANDIDATES = 10  # boxes above the threshold for each detection that is kept
 
-# Standard deviation of what the last layers give, by their names.
+# Mean and standard deviation of what the last layers give, by their names.
 SPREADS = {
-    "objectness_logits": 1.0,
-    "anchor_deltas": 0.2,
-    "cls_score": 1.5,
-    "bbox_pred": 0.5,
-    "predictor": 2.0,  # a mask's logits
+    "objectness_logits": (0.0, 1.0),
+    "anchor_deltas": (0.0, 0.2),
+    "cls_score": (0.0, 1.5),
+    "bbox_pred": (0.0, 0.5),
+    "predictor": (2.0, 2.0),  # a mask's logits: most of a box is its object
 }
 
 
@@ -82,7 +82,9 @@ def add_targets(
         slant = 2 ** (torch.rand(count, 1, generator=generator) - 0.5)
         sides = torch.cat([side * slant, side / slant], dim=1).minimum(frame)
         corners = (frame - sides) * torch.rand(count, 2, generator=generator)
-        instances = Instances((height, width), gt_boxes=Boxes(torch.cat([corners, corners + sides], 1)))
+        instances = Instances(
+            (height, width), gt_boxes=Boxes(torch.cat([corners, corners + sides], 1))
+        )
         instances.gt_classes = torch.randint(classes, (count,), generator=generator)
         if masks:
             x, y = torch.arange(width) + 0.5, torch.arange(height) + 0.5
@@ -125,7 +127,7 @@ def calibrate(model: nn.Module, run: Callable[[], object], seed: int = 0) -> Non
             factors = draw(mean, -0.2, 0.2), draw(variance, 0.8, 1.25)
             handles.append(module.register_forward_pre_hook(_first(_take_statistics(*factors))))
         elif (spread := SPREADS.get(name.rsplit(".", 1)[-1])) is not None:
-            handles.append(module.register_forward_hook(_first(_spread_out(spread))))
+            handles.append(module.register_forward_hook(_first(_spread_out(*spread))))
     try:
         run()
     finally:
@@ -156,15 +158,15 @@ def _take_statistics(shift: Tensor, factor: Tensor) -> Callable:
     return hook
 
 
-def _spread_out(spread: float) -> Callable:
+def _spread_out(wanted_mean: float, spread: float) -> Callable:
     def hook(layer: Any, _inputs: Any, y: Tensor) -> Tensor:
         others = [axis for axis in range(y.dim()) if axis != 1]
         mean = y.mean(others)
         centred = y - mean.view(-1, *[1] * (y.dim() - 2))
         scale = spread / centred.std().clamp(min=1e-6)
         layer.weight.mul_(scale)
-        layer.bias.sub_(mean).mul_(scale)
-        return scale * centred
+        layer.bias.sub_(mean).mul_(scale).add_(wanted_mean)
+        return scale * centred + wanted_mean
 
     return hook
 

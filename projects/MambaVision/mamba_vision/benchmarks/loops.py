@@ -162,7 +162,7 @@ def run_dataset(
 ) -> None:
     """Run the rows in Detectron2's evaluation loop; print where the time of an image goes.
 
-    The images are passed three times: to warm up, to take the time, and to sum up what the GPU does.
+    The images pass three times: to warm up, to take the time, and to sum up what the GPU does.
     """
     check_dataset(args.dataset, config.model.roi_heads.num_classes)
     config = config.copy()

@@ -36,7 +36,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--window-padding", nargs="+", choices=PADDINGS, default=list(PADDINGS), metavar="NAME"
     )
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="ROW", help="these rows, and what they are checked by"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="ROW",
+        help="these rows, and what they are checked by",
     )
     parser.add_argument("--rounds", type=positive, default=5, help="(default: %(default)s)")
     parser.add_argument("opts", nargs="*", metavar="KEY=VALUE", help="config overrides; last")

@@ -1,4 +1,4 @@
-"""The optimisations, each with a switch, and the rows of a comparison: one more switched on in each.
+"""The optimisations, and the rows of a comparison, each with one more of them switched on.
 
 The first row, ``plain``, has all of them off: plain layers of torch and Detectron2's own parts,
 with the operators of mamba-ssm and causal-conv1d where these are installed.
@@ -119,9 +119,7 @@ def usable_switches(
         UserError: the config's detector is not built upon a MambaVision.
     """
     if OmegaConf.select(config, f"{BOTTOM_UP}.dim") is None:
-        raise UserError(
-            f"{BOTTOM_UP} is not a MambaVision; give the config of a detector with one"
-        )
+        raise UserError(f"{BOTTOM_UP} is not a MambaVision; give the config of a detector with one")
     usable, words = [], []
     for switch in SWITCHES:
         present = tuple(
@@ -152,9 +150,7 @@ def _off(value: str, config: DictConfig, device: str, dtype: torch.dtype) -> str
     return value
 
 
-def _obstacle(
-    switch: Switch, config: DictConfig, device: str, dtype: torch.dtype
-) -> str | None:
+def _obstacle(switch: Switch, config: DictConfig, device: str, dtype: torch.dtype) -> str | None:
     if switch.gpu and device == "cpu":
         return "it does nothing on a CPU"
     if switch.half and dtype is torch.float32:

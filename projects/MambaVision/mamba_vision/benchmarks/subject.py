@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import instantiate
@@ -15,18 +15,31 @@ from .inputs import calibrate, draw_images, limit_detections, set_threshold
 from .rows import Row, build
 from .timing import exact
 
-__all__ = ["Weights", "detector", "draw_weights", "evaluate", "lost"]
+__all__ = ["CLOSE", "ROUGH", "Tolerance", "Weights", "detector", "draw_weights", "evaluate", "lost"]
 
-SAME_BOX = 0.9  # intersection over union
-SAME_MASK = 0.8
-SAME_SCORE = 0.01
+
+class Tolerance(NamedTuple):
+    """Up to where two detections of a class are the same.
+
+    Args:
+        score: difference.
+        box, mask: intersection over union, at least.
+    """
+
+    score: float
+    box: float
+    mask: float
+
+
+CLOSE = Tolerance(score=0.01, box=0.9, mask=0.8)
+ROUGH = Tolerance(score=0.05, box=0.8, mask=0.7)
 
 
 @dataclass(frozen=True)
 class Weights:
     """What all rows share: the state of a detector, and the least score of a detection."""
 
-    state: Mapping[str, Tensor]
+    state: dict[str, Tensor]
     threshold: float
 
 
@@ -63,11 +76,14 @@ def evaluate(model: nn.Module, images: Sequence[Mapping[str, Any]]) -> list[Inst
         return [found["instances"] for found in model(list(images))]
 
 
-def lost(found: Sequence[Instances], truth: Sequence[Instances]) -> float:
+def lost(
+    found: Sequence[Instances], truth: Sequence[Instances], tolerance: Tolerance = CLOSE
+) -> float:
     """The share of detections that the others do not have, the larger of both directions.
 
-    A detection has a counterpart if it has the class of one, its score to within 0.01, its box with
-    an intersection over union of 0.9 and its mask, if there are masks, with one of 0.8.
+    Args:
+        found, truth: of the same images; with ``pred_masks`` or without.
+        tolerance: what makes a detection another's counterpart, besides its class.
 
     Returns:
         In [0, 1]; 1 if nothing was found at all.
@@ -75,11 +91,11 @@ def lost(found: Sequence[Instances], truth: Sequence[Instances]) -> float:
     missed = [0, 0]
     counts = [sum(map(len, found)), sum(map(len, truth))]
     for ours, theirs in zip(found, truth, strict=True):
-        same = pairwise_iou(ours.pred_boxes, theirs.pred_boxes) >= SAME_BOX
+        same = pairwise_iou(ours.pred_boxes, theirs.pred_boxes) >= tolerance.box
         same &= ours.pred_classes[:, None] == theirs.pred_classes
-        same &= (ours.scores.float()[:, None] - theirs.scores.float()).abs() <= SAME_SCORE
+        same &= (ours.scores.float()[:, None] - theirs.scores.float()).abs() <= tolerance.score
         if ours.has("pred_masks"):
-            same &= _mask_iou(ours.pred_masks, theirs.pred_masks) >= SAME_MASK
+            same &= _mask_iou(ours.pred_masks, theirs.pred_masks) >= tolerance.mask
         missed[0] += int((~same.any(dim=1)).sum())
         missed[1] += int((~same.any(dim=0)).sum())
     return max(m / n if n else 1.0 for m, n in zip(missed, counts))

@@ -92,15 +92,13 @@ def captured(function: Callable[[], object]) -> Callable[[], object]:
 @contextmanager
 def exact() -> Iterator[None]:
     """While open, float32 is float32: no convolution or product of matrices rounds to TF32."""
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = False
     try:
         yield
     finally:
-        for backend, allowed in zip(backends, before):
-            backend.allow_tf32 = allowed
+        convolutions.allow_tf32, products.allow_tf32 = before
 
 
 class Memory:

@@ -18,7 +18,6 @@ from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig, OmegaConf
 
 from ..data import check_dataset
-from ..engine.compilation import compile_backbone
 from ..engine.machine import build_model
 from ..engine.trainer import Trainer
 from .inputs import add_targets, draw_images
