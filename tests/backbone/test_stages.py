@@ -18,6 +18,7 @@ def _window_stage(depth=2, drop_path=0.0, **options) -> WindowStage:
         "activation_checkpointing": False,
         "scan_backend": None,
         "conv_backend": None,
+        "attention_backend": None,
     }
     return WindowStage(16, [drop_path] * depth, **(defaults | options))
 

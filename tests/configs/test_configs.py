@@ -11,6 +11,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from mamba_vision import model_zoo
+from mamba_vision.roi_heads import ROIPooler
 
 COCO = "cascade_mask_rcnn_mamba_vision_{}_3x_coco"
 BOXES = "cascade_rcnn_mamba_vision_{}_3x_coco"
@@ -170,6 +171,7 @@ def test_what_differs_from_detectron2s_cascade():
         assert (wx, wy, ww, wh) == pytest.approx((weights[0],) * 2 + (weights[1],) * 2)
         assert matcher.thresholds[1] == iou
         assert mask_head.loss_weight == weight
+    assert type(heads.box_pooler) is type(heads.mask_pooler) is ROIPooler
     assert all(
         isinstance(conv.norm, torch.nn.SyncBatchNorm)
         for head in heads.box_head

@@ -1,10 +1,12 @@
 """Evaluation: its results, where they go, and without Detectron2's compiled part."""
 
 import json
+from typing import ClassVar
 
 import pytest
-from detectron2.config import instantiate
-from detectron2.evaluation import coco_evaluation
+import torch
+from detectron2.config import LazyCall, instantiate
+from detectron2.evaluation import DatasetEvaluator, coco_evaluation
 from pycocotools.cocoeval import COCOeval
 
 from mamba_vision.engine import do_test, load_config
@@ -43,3 +45,35 @@ def test_without_an_evaluator_nothing_is_done(parts):
     config.dataloader.evaluator = None
     assert do_test(config, model) == {}
     assert not path.exists()
+
+
+class Keeper(DatasetEvaluator):
+    found: ClassVar[list] = []
+
+    def process(self, inputs, outputs):
+        self.found += [output["instances"].to("cpu") for output in outputs]
+
+    def evaluate(self):
+        return {}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_the_prepared_copy_finds_what_the_model_finds(toy, monkeypatch, device):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(Keeper, "found", [])
+    config = load_config(toy)
+    config.model = load_config("cascade_mask_rcnn_mamba_vision_nano_shapes").model
+    config.dataloader.evaluator = LazyCall(Keeper)()
+    for predictor in config.model.roi_heads.box_predictors:
+        predictor.test_score_thresh = 0.0
+    model = instantiate(config.model).to(device)
+    for switch in (False, True):
+        config.train.update(fuse_eval=switch, cuda_graphs=switch)
+        assert do_test(config, model) == {}
+    assert model.training
+    assert len(Keeper.found) == 2 * 3
+    for plain, prepared in zip(Keeper.found[:3], Keeper.found[3:]):
+        assert len(prepared) == len(plain) == 100
+        torch.testing.assert_close(prepared.scores, plain.scores, rtol=0, atol=1e-3)
+        distance = prepared.pred_boxes.tensor - plain.pred_boxes.tensor
+        assert (distance.abs().amax(dim=1) < 0.5).sum() > 70  # near ties may change places

@@ -7,8 +7,8 @@ import torch
 from detectron2.config import instantiate
 
 from mamba_vision.engine import Predictor, do_test, do_train, load_config
-from mamba_vision.engine.precision import autocast, precision
 from mamba_vision.errors import UserError
+from mamba_vision.precision import autocast, precision
 
 
 @pytest.fixture

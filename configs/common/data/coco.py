@@ -8,6 +8,7 @@ from detectron2.config import LazyCall as L
 from mamba_vision.data import build_train_loader
 from mamba_vision.data.bitmasks import BitmaskMapper
 from mamba_vision.data.mappers import OpenCVDatasetMapper, OpenCVResize
+from mamba_vision.engine import COCOEvaluator
 
 dataloader = model_zoo.get_config("common/data/coco.py").dataloader
 
@@ -33,3 +34,4 @@ dataloader.test.mapper.update(
     _target_=OpenCVDatasetMapper,
     augmentations=[L(OpenCVResize)(short_edge_length=800, max_size=1333)],
 )
+dataloader.evaluator._target_ = COCOEvaluator

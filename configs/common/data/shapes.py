@@ -5,6 +5,7 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
 from mamba_vision.data import build_train_loader  # and shapes_train and shapes_val are registered
+from mamba_vision.engine import COCOEvaluator
 
 dataloader = model_zoo.get_config("common/data/coco.py").dataloader
 
@@ -15,3 +16,4 @@ dataloader.train.mapper.instance_mask_format = "bitmask"  # rings have holes: ru
 dataloader.train.mapper.augmentations = [L(T.RandomFlip)(horizontal=True)]
 dataloader.test.dataset.names = "shapes_val"
 dataloader.test.mapper.augmentations = []
+dataloader.evaluator._target_ = COCOEvaluator

@@ -6,7 +6,6 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.roi_heads import (
     FastRCNNConvFCHead,
     FastRCNNOutputLayers,
@@ -15,8 +14,9 @@ from detectron2.modeling.roi_heads import (
 
 from mamba_vision.backbone import VARIANTS as _VARIANTS
 from mamba_vision.backbone import MambaVision
-from mamba_vision.proposal_generator import RPN
-from mamba_vision.roi_heads import ClassSpecificCascadeROIHeads
+from mamba_vision.matcher import Matcher
+from mamba_vision.proposal_generator import RPN, AnchorGenerator
+from mamba_vision.roi_heads import ClassSpecificCascadeROIHeads, ROIPooler
 
 
 def bottom_up(variant):
@@ -40,6 +40,8 @@ model.input_format = "RGB"
 
 model.backbone.bottom_up = bottom_up("tiny")
 
+model.proposal_generator.anchor_generator._target_ = AnchorGenerator
+model.proposal_generator.anchor_matcher._target_ = Matcher
 model.proposal_generator.head.in_channels = "${...backbone.out_channels}"
 model.proposal_generator.update(
     _target_=RPN,
@@ -48,6 +50,8 @@ model.proposal_generator.update(
     post_nms_topk=(2000, 1000),
 )
 
+model.roi_heads.box_pooler._target_ = ROIPooler
+model.roi_heads.mask_pooler._target_ = ROIPooler
 model.roi_heads.pop("mask_head")
 model.roi_heads.update(
     _target_=ClassSpecificCascadeROIHeads,

@@ -5,10 +5,30 @@ Shape legend: B windows, L tokens, C channels, H heads of E = C / H channels.
 
 from __future__ import annotations
 
+import logging
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["Attention"]
+from ..errors import UserError
+
+__all__ = ["ATTENTION_BACKENDS", "Attention"]
+
+logger = logging.getLogger(__name__)
+
+_KERNELS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_ORDER = list(_KERNELS.values())
+ATTENTION_BACKENDS = ("auto", *_KERNELS)
 
 
 class Attention(nn.Module):
@@ -17,16 +37,25 @@ class Attention(nn.Module):
     Args:
         dim: C, divisible by ``num_heads``.
         num_heads: H.
+        backend: which of PyTorch's kernels computes it, forward and backward: "cudnn", "flash",
+            "efficient" or "math". None or "auto": in half precision on a GPU of compute capability
+            9 or more the first of these, in this order, that can; elsewhere PyTorch chooses. cuDNN
+            plans anew for every shape that it meets first.
     """
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, backend: str | None = None) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, C) -> (B, L, C)."""
+        """(B, L, C) -> (B, L, C).
+
+        Raises:
+            UserError: the backend cannot be used here.
+        """
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, L, E), views of one tensor
         channels = q.shape[-1]
@@ -35,5 +64,55 @@ class Attention(nn.Module):
         # L x L scores would be stored. Zeros change neither the scores nor the real channels.
         if extra := -channels % 8:
             q, k, v = (F.pad(t, (0, extra)) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :channels]
+        with _kernels(self.backend, q):
+            y = F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :channels]
         return self.proj(y.transpose(1, 2).flatten(2))
+
+
+def _kernels(backend: str | None, q: Tensor) -> AbstractContextManager:
+    """A context in which PyTorch computes attention with ``backend``."""
+    if q.device.type == "meta":
+        return nullcontext()
+    name = _name(backend or "auto", q.device, q.dtype, q.shape[-1])
+    if name == "ordered":
+        return sdpa_kernel(_ORDER, set_priority=True)
+    return nullcontext() if name == "auto" else sdpa_kernel([_KERNELS[name]])
+
+
+@torch.compiler.assume_constant_result  # a compiled model keeps the choice made while compiling
+def _name(backend: str, device: torch.device, dtype: torch.dtype, channels: int) -> str:
+    """The backend; "ordered" if "auto" means our order of preference, not PyTorch's."""
+    if backend == "auto":
+        return "ordered" if _is_ordered(device, dtype) else "auto"
+    if not _runs(backend, device, dtype, channels):
+        raise UserError(
+            f"MambaVision's argument attention_backend is {backend!r}, for which PyTorch has no "
+            f"kernel that takes {dtype} and heads of {channels} channels on {device.type}: "
+            "leave it out"
+        )
+    return backend
+
+
+@cache
+def _is_ordered(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    logger.info("attention on cuda in %s: using the first that can of %s", dtype, list(_KERNELS))
+    return True
+
+
+@cache
+def _runs(backend: str, device: torch.device, dtype: torch.dtype, channels: int) -> bool:
+    """Whether PyTorch finds a backend fit for a few tokens."""
+    # Without gradients: a checkpointed block counts the tensors that are kept for them.
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's reasons against every kernel
+        sample = torch.zeros(1, 1, 64, channels, device=device, dtype=dtype)
+        try:
+            with sdpa_kernel([_KERNELS[backend]]):
+                F.scaled_dot_product_attention(sample, sample, sample)
+        except RuntimeError:
+            return False
+    return True

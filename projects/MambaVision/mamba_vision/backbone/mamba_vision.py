@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from ..errors import UserError
+from .attention import ATTENTION_BACKENDS
 from .stages import ConvStage, Stage, Stem, WindowStage
 from .windows import PADDINGS
 
@@ -57,6 +58,7 @@ class MambaVision(Backbone):
             ``"fit"`` cuts it into as many windows, of equal size, that pad only what that needs.
         scan_backend, conv_backend: of :func:`~mamba_vision.ops.selective_scan` and
             :func:`~mamba_vision.ops.depthwise_conv1d_silu`; None leaves the choice to them.
+        attention_backend: of :class:`~mamba_vision.backbone.attention.Attention`.
 
     Raises:
         UserError: an argument is out of its range.
@@ -82,6 +84,7 @@ class MambaVision(Backbone):
         window_padding: str = "full",
         scan_backend: str | None = None,
         conv_backend: str | None = None,
+        attention_backend: str | None = None,
     ) -> None:
         super().__init__()
         depths = _per_stage("depths", depths)
@@ -92,6 +95,8 @@ class MambaVision(Backbone):
         _check("drop_path_rate", drop_path_rate, rate_fits, "a number in [0, 1)")
         _check("freeze_at", freeze_at, freeze_at in range(6), "a whole number from 0 to 5")
         _check("window_padding", window_padding, window_padding in PADDINGS, _either(PADDINGS))
+        known = attention_backend is None or attention_backend in ATTENTION_BACKENDS
+        _check("attention_backend", attention_backend, known, _either(ATTENTION_BACKENDS))
         for name, value in (("dim", dim), ("in_dim", in_dim), ("in_chans", in_chans)):
             _check(name, value, _is_positive_integer(value), "a positive whole number")
         for stage in (2, 3):
@@ -136,6 +141,7 @@ class MambaVision(Backbone):
                     activation_checkpointing=activation_checkpointing,
                     scan_backend=scan_backend,
                     conv_backend=conv_backend,
+                    attention_backend=attention_backend,
                 )
             self.levels.append(level)
         for i, feature in enumerate(_FEATURES):

@@ -174,13 +174,14 @@ class WindowStage(Stage):
         activation_checkpointing: bool,
         scan_backend: str | None,
         conv_backend: str | None,
+        attention_backend: str | None,
     ) -> None:
         depth = len(drop_paths)
         first_attention = depth - depth // 2
 
         def mixer(index: int) -> nn.Module:
             if index >= first_attention:
-                return Attention(dim, num_heads)
+                return Attention(dim, num_heads, attention_backend)
             return MambaVisionMixer(dim, scan_backend=scan_backend, conv_backend=conv_backend)
 
         super().__init__(

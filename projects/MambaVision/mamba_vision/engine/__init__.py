@@ -1,5 +1,6 @@
 """What the tools add to Detectron2's engine."""
 
+from .coco_evaluator import COCOEvaluator
 from .config import find_config, load_config
 from .drawing import draw_instances
 from .evaluation import do_test
@@ -12,6 +13,7 @@ from .train import do_train
 from .train_net import argument_parser, train_net
 
 __all__ = [
+    "COCOEvaluator",
     "Predictor",
     "argument_parser",
     "build_model",

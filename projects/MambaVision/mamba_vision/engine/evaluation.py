@@ -17,9 +17,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.files import atomic_write
-from .precision import autocast
+from ..inference import prepare
+from ..inference.prepare import Prepared
+from ..precision import autocast
 
-__all__ = ["do_test", "share_buffers"]
+__all__ = ["do_test", "prepare_for_test", "share_buffers"]
 
 
 def do_test(config: DictConfig, model: nn.Module) -> dict[str, dict[str, float]]:
@@ -29,9 +31,9 @@ def do_test(config: DictConfig, model: nn.Module) -> dict[str, dict[str, float]]
     that cannot be computed (NaN) is ``null``.
 
     Args:
-        config: ``dataloader.test``, ``dataloader.evaluator`` and ``train.eval_amp``, the precision
-            (float32, ``"fp16"`` or ``"bf16"``), are used; without an evaluator nothing is done.
-        model: on its device, bare or in ``DistributedDataParallel``; its mode is kept.
+        config: ``dataloader.test``, ``dataloader.evaluator`` and the switches that
+            :func:`prepare_for_test` reads are used; without an evaluator nothing is done.
+        model: on its device, bare or in ``DistributedDataParallel``; a prepared copy is evaluated.
 
     Returns:
         Task to metric to value, e.g. ``results["bbox"]["AP"]`` in percent; empty in all processes
@@ -45,10 +47,11 @@ def do_test(config: DictConfig, model: nn.Module) -> dict[str, dict[str, float]]
     if isinstance(model, DistributedDataParallel):
         model = model.module
     share_buffers(model)
-    with autocast(config.train.get("eval_amp"), next(model.parameters()).device):
-        results = inference_on_dataset(
-            model, instantiate(config.dataloader.test), instantiate(config.dataloader.evaluator)
-        )
+    results = inference_on_dataset(
+        prepare_for_test(config, model),
+        instantiate(config.dataloader.test),
+        instantiate(config.dataloader.evaluator),
+    )
     if comm.is_main_process():
         print_csv_format(results)
         output = Path(config.train.output_dir)
@@ -56,6 +59,28 @@ def do_test(config: DictConfig, model: nn.Module) -> dict[str, dict[str, float]]
         with atomic_write(output / "results.json") as file:
             file.write(json.dumps(_without_nan(results), indent=2).encode())
     return results
+
+
+def prepare_for_test(config: DictConfig, model: nn.Module) -> Prepared:
+    """Copy a model for inference, as a config's switches say.
+
+    Args:
+        config: ``train.eval_amp``, the precision (float32, ``"fp16"`` or ``"bf16"``),
+            ``train.fuse_eval`` and ``train.cuda_graphs`` are used; see
+            :func:`~mamba_vision.inference.prepare`.
+        model: on its device.
+
+    Raises:
+        UserError: the device does not have the precision.
+    """
+    train, name = config.train, config.train.get("eval_amp") or None
+    autocast(name, next(model.parameters()).device)  # says which line cannot be used
+    return prepare(
+        model,
+        dtype=name,
+        fuse=train.get("fuse_eval", True),
+        cuda_graphs=train.get("cuda_graphs", True),
+    )
 
 
 def share_buffers(model: nn.Module) -> None:

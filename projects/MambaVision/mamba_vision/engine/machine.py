@@ -12,8 +12,8 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
+from ..precision import precision
 from .compilation import compile_backbone
-from .precision import precision
 
 __all__ = ["autocast_dtype", "build_model", "fit_to_machine", "scale_lr"]
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from ..checkpoint import MambaVisionCheckpointer
 from ..errors import UserError
-from .precision import autocast
+from .evaluation import prepare_for_test
 
 __all__ = ["Predictor", "dataset_metadata"]
 
@@ -23,7 +23,8 @@ class Predictor:
     """Detects objects in an image file, read and resized as the config's test set is.
 
     Args:
-        config: ``model``, ``dataloader.test`` and ``train.eval_amp`` are used; it is not changed.
+        config: ``model``, ``dataloader.test``, ``train.eval_amp``, ``train.fuse_eval`` and
+            ``train.cuda_graphs`` are used; it is not changed.
         weights: what ``train.init_checkpoint`` takes.
         device: ``None`` means the GPU if there is one, else the CPU.
 
@@ -42,10 +43,8 @@ class Predictor:
         self._mapper = instantiate(copy.deepcopy(config.dataloader.test.mapper))
         model = instantiate(config.model)
         MambaVisionCheckpointer(model).load(str(weights))
-        self.model = model.eval().to(_device(device))
-        self._autocast = autocast(config.train.get("eval_amp"), _device(device))
+        self.model = prepare_for_test(config, model.to(_device(device)))
 
-    @torch.inference_mode()
     def __call__(self, path: str | Path) -> Instances:
         """Detect the objects in one image.
 
@@ -67,8 +66,7 @@ class Predictor:
         except Exception as error:  # decoders raise whatever they please
             reason = str(error).split("\n", 1)[0]
             raise UserError(f"cannot read image {path}: {reason}; replace the file") from error
-        with self._autocast:
-            found = self.model([sample])[0]["instances"].to("cpu")
+        found = self.model([sample])[0]["instances"].to("cpu")
         found.scores = found.scores.float()  # numpy knows no bfloat16
         return found
 

@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ..errors import UserError
+from ..precision import precision
 from .hooks import check_wandb
-from .precision import precision
 
 __all__ = ["check_switches"]
 

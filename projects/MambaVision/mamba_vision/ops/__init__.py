@@ -1,6 +1,6 @@
-"""The operators of the MambaVision mixer that PyTorch does not have, in (B, L, D) layout.
+"""The operators that PyTorch does not have: those of the MambaVision mixer, and one of the heads.
 
-Shape legend, used in every file below:
+Shape legend of the mixer's, which take (B, L, D):
 
     B   batch: windows (or whole maps) scanned side by side
     L   tokens of a sequence, row by row over a window
@@ -11,6 +11,8 @@ Shape legend, used in every file below:
 ``depthwise_conv1d_silu``   a 'same' convolution of width 3 along L, then SiLU (arXiv:2407.08083,
                             equation 6)
 ``mamba_inner``             both, with the projections between them
+``multi_level_roi_align``   RoIAlign over the levels of a feature pyramid (arXiv:1703.06870, section
+                            3); its folder has its shape legend
 
 Each operator is a folder: its ``__init__`` holds the public function, ``reference.py`` the
 definition, and each further file one faster backend; ``backends.py`` chooses among them.
@@ -18,6 +20,7 @@ definition, and each further file one faster backend; ``backends.py`` chooses am
 
 from .conv1d import depthwise_conv1d_silu
 from .inner import mamba_inner
+from .roi_align import multi_level_roi_align
 from .selective_scan import selective_scan
 
-__all__ = ["depthwise_conv1d_silu", "mamba_inner", "selective_scan"]
+__all__ = ["depthwise_conv1d_silu", "mamba_inner", "multi_level_roi_align", "selective_scan"]

@@ -1,5 +1,6 @@
-"""Region heads: the cascade with class-specific boxes and a mask head per stage."""
+"""Region heads: the pooler, and the cascade with class-specific boxes and a mask head per stage."""
 
 from .cascade import ClassSpecificCascadeROIHeads, StageMaskHeads
+from .pooler import ROIPooler
 
-__all__ = ["ClassSpecificCascadeROIHeads", "StageMaskHeads"]
+__all__ = ["ClassSpecificCascadeROIHeads", "ROIPooler", "StageMaskHeads"]

@@ -156,44 +156,121 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
 
     def _run_stage(self, features, proposals, stage):
         """Class logits (R, K + 1) and deltas (R, 4 K) of one stage."""
-        pooled = self.box_pooler(
-            [features[f] for f in self.box_in_features], [p.proposal_boxes for p in proposals]
-        )
+        features = [features[name] for name in self.box_in_features]
+        return self._predict(features, [p.proposal_boxes for p in proposals], stage)
+
+    def _predict(self, features: list[Tensor], boxes: list[Boxes], stage: int):
+        pooled = self.box_pooler(features, boxes)
         return self.box_predictor[stage](self.box_head[stage](pooled))
 
     @torch.no_grad()
     def _refine(self, predictions, proposals: list[Instances], stage: int) -> list[Instances]:
         """The next stage's proposals: each box moved by the deltas of its class and clipped."""
-        logits, deltas = predictions
-        classes = logits[:, :-1].argmax(dim=1)
-        if self.training:
-            matched = torch.cat([p.gt_classes for p in proposals])
-            classes = torch.where(matched < self.num_classes, matched, classes)
-        deltas = deltas.view(-1, self.num_classes, 4)
-        deltas = deltas[torch.arange(len(deltas), device=deltas.device), classes]
+        matched = torch.cat([p.gt_classes for p in proposals]) if self.training else None
         boxes = torch.cat([p.proposal_boxes.tensor for p in proposals])
-        boxes = self.box_predictor[stage].box2box_transform.apply_deltas(deltas, boxes)
+        boxes = self._move(predictions, boxes, torch.cat(_frames(proposals)), stage, matched)
         refined = []
         for used, moved in zip(proposals, boxes.split([len(p) for p in proposals]), strict=True):
             instances = Instances(used.image_size, proposal_boxes=Boxes(moved))
-            instances.proposal_boxes.clip(used.image_size)
             if self.training:  # sampling needs the logits, and adds the ground truth afresh
                 instances.objectness_logits = used.objectness_logits
                 instances = instances[~used.is_ground_truth]
             refined.append(instances)
         return refined
 
+    def _move(
+        self,
+        predictions: tuple[Tensor, Tensor],
+        boxes: Tensor,
+        frames: Tensor,
+        stage: int,
+        matched: Tensor | None = None,
+    ) -> Tensor:
+        """The boxes (R, 4), moved by the deltas of their classes and clipped to their ``frames``.
+
+        The class is the one in ``matched`` (R,), if it is given and a foreground class, else the
+        foreground class of highest logit.
+        """
+        logits, deltas = predictions
+        classes = logits[:, :-1].argmax(dim=1)
+        if matched is not None:
+            classes = torch.where(matched < self.num_classes, matched, classes)
+        deltas = deltas.view(-1, self.num_classes, 4)
+        deltas = deltas[torch.arange(len(deltas), device=deltas.device), classes]
+        moved = self.box_predictor[stage].box2box_transform.apply_deltas(deltas, boxes)
+        # A box of numbers that are none would be pooled from anywhere.
+        return moved.nan_to_num(nan=0.0).clamp(min=0).minimum(frames)
+
     def _forward_box(self, features, proposals, targets=None):
         """Detections of N images at test time: the stages' mean logits, the last one's boxes."""
+        given = [p.proposal_boxes.tensor for p in proposals]
+        found = self.run_cascade(
+            [features[name] for name in self.box_in_features],
+            list(zip(given, _frames(proposals), strict=True)),
+        )
+        logits, deltas, boxes = zip(*found, strict=True)
+        last = [
+            Instances(used.image_size, proposal_boxes=Boxes(moved))
+            for used, moved in zip(proposals, boxes, strict=True)
+        ]
+        predictions = torch.cat(logits), torch.cat(deltas)
+        detections, _ = self.box_predictor[-1].inference(predictions, last)
+        return detections
+
+    def run_cascade(
+        self, features: list[Tensor], rois: list[tuple[Tensor, Tensor]]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Run all stages on N images, at test time.
+
+        Args:
+            features: for each level a map (N, C, H, W).
+            rois: for each image its boxes (R_i, 4), and the frames to clip them to (R_i, 4).
+
+        Returns:
+            For each image the stages' mean logits (R_i, K + 1), the last stage's deltas (R_i, 4 K)
+            and the boxes that those refine (R_i, 4).
+        """
+        counts = [len(boxes) for boxes, _ in rois]
+        boxes, frames = (torch.cat(x) for x in zip(*rois, strict=True))
         all_logits = []
         for k in range(self.num_cascade_stages):
-            logits, deltas = self._run_stage(features, proposals, k)
+            logits, deltas = self._predict(features, [Boxes(b) for b in boxes.split(counts)], k)
             all_logits.append(logits)
             if k + 1 < self.num_cascade_stages:
-                proposals = self._refine((logits, deltas), proposals, k)
-        mean_logits = torch.stack(all_logits).mean(dim=0)
-        detections, _ = self.box_predictor[-1].inference((mean_logits, deltas), proposals)
-        return detections
+                boxes = self._move((logits, deltas), boxes, frames, k)
+        logits = torch.stack(all_logits).mean(dim=0)
+        return list(zip(*(x.split(counts) for x in (logits, deltas, boxes)), strict=True))
+
+    def _forward_mask(self, features, instances):
+        """Set ``pred_masks`` of detections, at test time; see :class:`StageMaskHeads`."""
+        if not self.mask_on:
+            return instances
+        if self.mask_pooler is None:
+            return super()._forward_mask(features, instances)
+        masks = self.run_masks(
+            [features[name] for name in self.mask_in_features],
+            [(found.pred_boxes.tensor, found.pred_classes) for found in instances],
+        )
+        for found, (masks_i,) in zip(instances, masks, strict=True):
+            found.pred_masks = masks_i
+        return instances
+
+    def run_masks(
+        self, features: list[Tensor], rois: list[tuple[Tensor, Tensor]]
+    ) -> list[tuple[Tensor]]:
+        """Predict the masks of N images' boxes.
+
+        Args:
+            features: for each level a map (N, C, H, W).
+            rois: for each image its boxes (R_i, 4) and their classes (R_i,).
+
+        Returns:
+            For each image, alone in a tuple, its masks (R_i, 1, M, M) in [0, 1].
+        """
+        boxes = [Boxes(b) for b, _ in rois]
+        instances = [Instances((0, 0), pred_classes=classes) for _, classes in rois]
+        found = self.mask_head(self.mask_pooler(features, boxes), instances)
+        return [(i.pred_masks,) for i in found]
 
     def _mask_losses(self, features, samples, targets, stage: int) -> dict[str, Tensor]:
         """Loss of one stage's mask head on the foreground among that stage's samples."""
@@ -217,6 +294,18 @@ def _finite(predictions: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor
     finite = torch.stack([x.isfinite().all() for x in predictions]).all()
     flaw = torch.where(finite, 0.0, torch.nan)
     return tuple(x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for x in predictions), flaw
+
+
+def _frames(proposals: list[Instances]) -> list[Tensor]:
+    """For each image (R_i, 4): the corner (width, height) that bounds its boxes, twice."""
+    frames = []
+    for of_image in proposals:
+        height, width = of_image.image_size
+        # Not from a list to the device at once, which would wait for it.
+        frame = torch.tensor([width, height, width, height], dtype=torch.float32)
+        boxes = of_image.proposal_boxes.tensor
+        frames.append(frame.to(boxes.device, non_blocking=True).expand(len(boxes), 4))
+    return frames
 
 
 def _mark(instances: Instances, is_ground_truth: bool) -> Instances:

@@ -15,8 +15,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ...data.mappers import read_image
+from ...precision import autocast
 from ..drawing import draw_instances
-from ..precision import autocast
 from ..predictor import dataset_metadata
 
 __all__ = ["draw_predictions"]

@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ...errors import UserError
+from ...precision import autocast
 from ...randomness import seed_all, seeded
 from ..evaluation import share_buffers
-from ..precision import autocast
 
 __all__ = ["validation_loss"]
 

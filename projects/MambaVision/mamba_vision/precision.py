@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from ..errors import UserError
+from .errors import UserError
 
 __all__ = ["autocast", "precision"]
 

@@ -1,0 +1,248 @@
+"""Anchors, proposals and losses against Detectron2's own."""
+
+import warnings
+
+import pytest
+import torch
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher as _Matcher
+from detectron2.modeling.proposal_generator import RPN as _RPN
+from detectron2.modeling.proposal_generator import StandardRPNHead
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import EventStorage
+
+from mamba_vision.matcher import Matcher
+from mamba_vision.proposal_generator import RPN, AnchorGenerator
+
+ANCHORS = {
+    "sizes": [[16], [32], [64]],
+    "aspect_ratios": [0.5, 1.0, 2.0],
+    "strides": [4, 8, 16],
+}
+SIZES = [(60, 96), (64, 80)]  # of the images: height, width
+
+
+def _rpn(cls, generator=AnchorGenerator, **options):
+    torch.manual_seed(1)
+    parts = {
+        "in_features": ["p2", "p3", "p4"],
+        "head": StandardRPNHead(in_channels=8, num_anchors=3),
+        "anchor_generator": generator(**ANCHORS),
+        "anchor_matcher": _Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True),
+        "box2box_transform": Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
+        "batch_size_per_image": 32,
+        "positive_fraction": 0.5,
+        "pre_nms_topk": (150, 100),
+        "post_nms_topk": (60, 40),
+        "anchor_boundary_thresh": 0.0,
+        "smooth_l1_beta": 1 / 9,
+    }
+    return cls(**parts | options)
+
+
+def _predictions(rpn, *, ties=False, dtype=torch.float32, device="cpu"):
+    """Anchors, logits and deltas of two images of 64 x 96 pixels."""
+    maps = [torch.zeros(2, 8, 64 // s, 96 // s, device=device) for s in ANCHORS["strides"]]
+    anchors = rpn.to(device).anchor_generator(maps)
+    logits = [torch.randn(2, len(a), device=device).to(dtype) for a in anchors]
+    deltas = [torch.randn(2, len(a), 4, device=device).to(dtype) for a in anchors]
+    if ties:
+        logits = [(4 * x).round() / 4 for x in logits]
+    return anchors, logits, deltas
+
+
+def _assert_same(ours, theirs, **tolerance):
+    tolerance = tolerance or {"rtol": 0, "atol": 0}
+    for got, expected in zip(ours, theirs, strict=True):
+        assert len(expected) > 0
+        assert got.image_size == expected.image_size
+        boxes = expected.proposal_boxes.tensor
+        torch.testing.assert_close(got.proposal_boxes.tensor, boxes, **tolerance)
+        assert torch.equal(got.objectness_logits, expected.objectness_logits)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.25, 0.5])
+def test_anchors_are_those_of_detectron2(offset):
+    maps = [torch.zeros(1, 1, *size) for size in [(17, 3), (5, 8), (1, 1)]]
+    ours = AnchorGenerator(**ANCHORS, offset=offset)(maps)
+    theirs = DefaultAnchorGenerator(**ANCHORS, offset=offset)(maps)
+    for got, expected in zip(ours, theirs, strict=True):
+        assert torch.equal(got.tensor, expected.tensor)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("min_box_size", [0.0, 12.0])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("top", [20, 150, 10_000])
+def test_proposals_are_those_of_detectron2(training, min_box_size, ties, top):
+    options = {"min_box_size": min_box_size, "pre_nms_topk": (top, top // 2)}
+    ours, theirs = (_rpn(cls, **options).train(training) for cls in (RPN, _RPN))
+    predictions = _predictions(ours, ties=ties)
+    _assert_same(
+        ours.predict_proposals(*predictions, SIZES), theirs.predict_proposals(*predictions, SIZES)
+    )
+
+
+def test_proposals_do_not_depend_on_what_is_decoded():
+    top, every = _rpn(RPN).train(), _rpn(RPN, decode_top=False).train()
+    predictions = _predictions(top)
+    _assert_same(
+        top.predict_proposals(*predictions, SIZES), every.predict_proposals(*predictions, SIZES)
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", [1, 2])
+def test_what_is_not_finite_is_dropped_as_by_detectron2(value, part):
+    ours, theirs = _rpn(RPN).train(), _rpn(_RPN).eval()
+    theirs.pre_nms_topk[False], theirs.post_nms_topk[False] = 150, 60
+    predictions = _predictions(ours)
+    predictions[part][0][:, ::3] = value
+    _assert_same(
+        ours.predict_proposals(*predictions, SIZES), theirs.predict_proposals(*predictions, SIZES)
+    )
+
+
+def test_an_image_may_bring_no_proposal():
+    rpn = _rpn(RPN).eval()
+    anchors, logits, deltas = _predictions(rpn)
+    for image in rpn.predict_proposals(anchors, [x + torch.nan for x in logits], deltas, SIZES):
+        assert image.proposal_boxes.tensor.shape == (0, 4)
+        assert image.objectness_logits.shape == (0,)
+
+
+@pytest.mark.parametrize(("positives", "negatives"), [(3, 40), (30, 40), (30, 10), (0, 5), (4, 0)])
+def test_as_many_labels_are_sampled_as_by_detectron2(positives, negatives):
+    label = torch.cat(
+        [x.expand(n) for x, n in zip(torch.tensor([1, 0, -1]), (positives, negatives, 9))]
+    )
+    label = label.to(torch.int8)[torch.randperm(len(label))]
+    ours, theirs = (
+        _rpn(cls, batch_size_per_image=20)._subsample_labels(label.clone()) for cls in (RPN, _RPN)
+    )
+    assert ours.dtype == theirs.dtype
+    for value in (1, 0):
+        assert (ours == value).sum() == (theirs == value).sum()
+        assert (label[ours == value] == value).all()
+
+
+def test_every_label_is_as_likely_to_be_sampled_and_the_seed_decides():
+    rpn = _rpn(RPN, batch_size_per_image=4)
+    label = torch.tensor([0, 1, 0, 1, 0, 1, 0, 0, 1, -1])
+
+    def draws(seed, count):
+        torch.manual_seed(seed)
+        return torch.stack([rpn._subsample_labels(label.clone()) for _ in range(count)])
+
+    sampled = (draws(0, 4000) >= 0).double().mean(dim=0)
+    expected = torch.tensor([2 / 5, 2 / 4], dtype=torch.float64)[label.clamp(min=0)]
+    expected[-1] = 0
+    torch.testing.assert_close(sampled, expected, rtol=0, atol=0.04)  # five standard deviations
+    assert torch.equal(draws(1, 3), draws(1, 3))
+    assert not torch.equal(draws(1, 20), draws(2, 20))
+
+
+def _targets(*boxes):
+    """Objects of two images."""
+    targets = []
+    for size, of_image in zip(SIZES, boxes):
+        targets.append(Instances(size, gt_boxes=Boxes(torch.tensor(of_image).view(-1, 4))))
+    return targets
+
+
+@pytest.mark.parametrize("beta", [0.0, 1 / 9])
+@pytest.mark.parametrize("total", [24, 10_000])  # fewer than there are; every anchor
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        ([[8.0, 8.0, 40.0, 40.0], [30.0, 4.0, 70.0, 50.0]], [[0.0, 0.0, 79.0, 63.0]]),
+        ([[8.0, 8.0, 40.0, 40.0]], []),
+        ([], []),
+    ],
+)
+def test_losses_and_gradients_are_those_of_detectron2(boxes, total, beta):
+    options = {
+        "batch_size_per_image": total,
+        "smooth_l1_beta": beta,
+        "loss_weight": {"loss_rpn_cls": 0.5, "loss_rpn_loc": 3.0},
+    }
+    ours, theirs = (_rpn(cls, **options).train() for cls in (RPN, _RPN))
+    anchors, logits, deltas = _predictions(ours)
+    labels, matched = ours.label_and_sample_anchors(anchors, _targets(*boxes))
+    results = []
+    for rpn in (ours, theirs):
+        inputs = [x.clone().requires_grad_() for x in (*logits, *deltas)]
+        with EventStorage() as storage:
+            losses = rpn.losses(anchors, inputs[:3], labels, inputs[3:], matched)
+        assert list(losses) == ["loss_rpn_cls", "loss_rpn_loc"]
+        gradients = torch.autograd.grad(sum(losses.values()), inputs)
+        logged = [value for value, _ in storage.latest().values()]
+        results.append([*losses.values(), *gradients, torch.tensor(logged)])
+    assert results[1][0] > 0
+    assert (results[1][1] > 0) == bool(boxes[0])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_other_losses_are_left_to_detectron2():
+    ours, theirs = (_rpn(cls, box_reg_loss_type="giou").train() for cls in (RPN, _RPN))
+    anchors, logits, deltas = _predictions(ours)
+    labels, matched = ours.label_and_sample_anchors(anchors, _targets([[8.0, 8.0, 40.0, 40.0]], []))
+    with EventStorage():
+        got, expected = (r.losses(anchors, logits, labels, deltas, matched) for r in (ours, theirs))
+    assert got == expected
+
+
+@pytest.mark.cuda
+def test_a_step_of_training_seldom_waits_for_the_gpu():
+    """Only where boxes are encoded, and up to four times in each image's NMS."""
+    rpn = _rpn(RPN, anchor_matcher=Matcher([0.3, 0.7], [0, -1, 1], True)).cuda().train()
+    features = {
+        f"p{2 + i}": torch.randn(2, 8, 64 // s, 96 // s, device="cuda")
+        for i, s in enumerate(ANCHORS["strides"])
+    }
+    images = ImageList(torch.zeros(2, 3, 64, 96, device="cuda"), SIZES)
+    targets = [x.to("cuda") for x in _targets([[8.0, 8.0, 40.0, 40.0]], [[0.0, 0.0, 79.0, 63.0]])]
+    with EventStorage(start_iter=1):
+        rpn(images, features, targets)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as waits:
+                warnings.simplefilter("always")
+                _, losses = rpn(images, features, targets)
+                sum(losses.values()).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [w for w in waits if "synchroniz" in str(w.message)]
+    assert len(waits) <= 1 + 2 * 4
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("top", [20, 150, 10_000])
+def test_proposals_are_those_of_detectron2_on_a_gpu(dtype, top):
+    ours, theirs = (_rpn(cls, pre_nms_topk=(top, top)).cuda().eval() for cls in (RPN, _RPN))
+    predictions = _predictions(ours, ties=True, dtype=dtype, device="cuda")
+    with torch.autocast("cuda", torch.float16, enabled=dtype == torch.float16):
+        # Box2BoxTransform is TorchScript, which on a GPU may fuse, and round otherwise.
+        _assert_same(
+            ours.predict_proposals(*predictions, SIZES),
+            theirs.predict_proposals(*predictions, SIZES),
+            rtol=1e-5,
+            atol=1e-4,
+        )
+
+
+@pytest.mark.cuda
+def test_boxes_are_decoded_without_waiting_for_the_gpu():
+    rpn = _rpn(RPN).eval()
+    _predictions(rpn, device="cuda")
+    maps = [torch.zeros(2, 8, 64 // s, 96 // s, device="cuda") for s in ANCHORS["strides"]]
+    _, logits, deltas = _predictions(rpn, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        boxes, _, _ = rpn.top_boxes(rpn.anchor_generator(maps), logits, deltas)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert boxes.isfinite().all()
