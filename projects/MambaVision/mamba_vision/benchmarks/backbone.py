@@ -23,6 +23,7 @@ from detectron2.config import instantiate
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from ..inference import fuse
 from .inputs import calibrate
 from .options import add_options, positive, start
 from .rows import Row, build, make_rows
@@ -175,8 +176,6 @@ def _evaluated(
     """The features of a row, computed as its switches say."""
     model = _model(row, state, device, copied="fuse" in row.prepare)
     if "fuse" in row.prepare:
-        from ..inference import fuse
-
         fuse(model)
     if "cuda_graphs" not in row.prepare:
         return lambda: model(x)

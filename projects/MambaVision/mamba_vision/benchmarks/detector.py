@@ -81,7 +81,7 @@ class Entry:
 def run(args: argparse.Namespace) -> int:
     """Print the tables; return 1 if a row computed something wrong, else 0."""
     config, switches, dtype = start(args)
-    evaluated = [s for s in switches if not s.of_optimizer]
+    evaluated = [s for s in switches if not s.training and not s.loop]
     rows = make_rows(config, evaluated, args.window_padding, args.only)
     plain = make_rows(config, evaluated, args.window_padding, ["plain"])
     weights = draw_weights(plain[0], args.size, args.device)
@@ -93,7 +93,9 @@ def run(args: argparse.Namespace) -> int:
     if args.varied:
         loops.run_varied(rows, weights, dtype, args)
     if args.dataset:
-        loops.run_dataset(rows, weights, config, dtype, args)
+        in_loop = [s for s in switches if not s.training]
+        rows = make_rows(config, in_loop, args.window_padding, args.only)
+        loops.run_dataset(rows, weights, dtype, args)
     return 0 if correct else 1
 
 

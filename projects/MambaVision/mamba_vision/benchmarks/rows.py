@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from detectron2.config import instantiate
@@ -24,7 +24,16 @@ from ..ops.benchmark_operators import OPERATORS, Shape
 __all__ = ["SWITCHES", "Row", "Switch", "build", "check_names", "make_rows", "usable_switches"]
 
 BOTTOM_UP = "model.backbone.bottom_up"
+RPN = "model.proposal_generator"
+ROI_HEADS = "model.roi_heads"
 POOLERS = ("detectron2.modeling.poolers.ROIPooler", "mamba_vision.roi_heads.ROIPooler")
+RPNS = ("detectron2.modeling.proposal_generator.RPN", "mamba_vision.proposal_generator.RPN")
+ANCHORS = (
+    "detectron2.modeling.anchor_generator.DefaultAnchorGenerator",
+    "mamba_vision.proposal_generator.AnchorGenerator",
+)
+MATCHERS = ("detectron2.modeling.matcher.Matcher", "mamba_vision.matcher.Matcher")
+EVALUATORS = ("detectron2.evaluation.COCOEvaluator", "mamba_vision.engine.COCOEvaluator")
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,8 @@ class Switch:
         prepare: its argument of :func:`mamba_vision.inference.prepare`, which evaluation alone has.
         gpu: it does nothing on a CPU.
         half: it does nothing in float32.
+        training: training alone has it.
+        loop: the evaluation loop alone has it.
     """
 
     name: str
@@ -44,16 +55,14 @@ class Switch:
     prepare: str | None = None
     gpu: bool = False
     half: bool = False
+    training: bool = False
+    loop: bool = False
 
     @property
     def of_backbone(self) -> bool:
         """Whether the backbone alone has it."""
         own = all(key.startswith(BOTTOM_UP) for key, _, _ in self.config)
         return own and self.prepare in (None, "fuse", "cuda_graphs")
-
-    @property
-    def of_optimizer(self) -> bool:
-        return any(key.startswith("optimizer.") for key, _, _ in self.config)
 
 
 SWITCHES = (
@@ -71,17 +80,25 @@ SWITCHES = (
     Switch("fused_norm", ((f"{BOTTOM_UP}.fused_norm", "false", "true"),)),
     Switch("skip_padding", ((f"{BOTTOM_UP}.skip_padding", "false", "true"),)),
     Switch(
-        "pooler",
-        (
-            ("model.roi_heads.box_pooler._target_", *POOLERS),
-            ("model.roi_heads.mask_pooler._target_", *POOLERS),
-        ),
+        "pooler", tuple((f"{ROI_HEADS}.{x}_pooler._target_", *POOLERS) for x in ("box", "mask"))
     ),
-    Switch("decode_top", (("model.proposal_generator.decode_top", "false", "true"),)),
-    Switch("fused_adamw", (("optimizer.fused", "false", "true"),)),
+    Switch(
+        "rpn",
+        ((f"{RPN}._target_", *RPNS), (f"{RPN}.anchor_generator._target_", *ANCHORS)),
+    ),
+    Switch(
+        "matcher",
+        (
+            (f"{RPN}.anchor_matcher._target_", *MATCHERS),
+            *((f"{ROI_HEADS}.proposal_matchers.{k}._target_", *MATCHERS) for k in range(3)),
+        ),
+        training=True,
+    ),
+    Switch("fused_adamw", (("optimizer.fused", "false", "true"),), training=True),
     Switch("cast_once", prepare="dtype", half=True),  # first: a prepared model casts at every call
     Switch("fuse", prepare="fuse"),
     Switch("cuda_graphs", prepare="cuda_graphs", gpu=True),
+    Switch("evaluator", (("dataloader.evaluator._target_", *EVALUATORS),), loop=True),
 )
 
 # What takes the place of the operators that others are measured by where it is not installed.
@@ -125,14 +142,23 @@ def usable_switches(
         present = tuple(
             (key, _off(off, config, device, dtype), on)
             for key, off, on in switch.config
-            if OmegaConf.select(config, key.rpartition(".")[0]) is not None
+            if _has(config, key, off, on)
         )
-        switch = Switch(switch.name, present, switch.prepare, switch.gpu, switch.half)
-        if reason := _obstacle(switch, config, device, dtype):
+        if reason := _obstacle(switch, present, config, device, dtype):
             words.append(f"without {switch.name}: {reason}")
         else:
-            usable.append(switch)
+            usable.append(replace(switch, config=present))
     return usable, words
+
+
+def _has(config: DictConfig, key: str, off: str, on: str) -> bool:
+    """Whether the config has the part that a key is of, and nothing else in the place of it."""
+    node, _, name = key.rpartition(".")
+    part = OmegaConf.select(config, node)
+    if part is None or name != "_target_":
+        return part is not None
+    target = part.get(name)
+    return (locate(target) if isinstance(target, str) else target) in (locate(off), locate(on))
 
 
 def _off(value: str, config: DictConfig, device: str, dtype: torch.dtype) -> str:
@@ -150,30 +176,25 @@ def _off(value: str, config: DictConfig, device: str, dtype: torch.dtype) -> str
     return value
 
 
-def _obstacle(switch: Switch, config: DictConfig, device: str, dtype: torch.dtype) -> str | None:
+def _obstacle(
+    switch: Switch,
+    present: Sequence[tuple[str, str, str]],
+    config: DictConfig,
+    device: str,
+    dtype: torch.dtype,
+) -> str | None:
+    """Why a switch, of which these keys are there, changes nothing; None if it does."""
     if switch.gpu and device == "cpu":
         return "it does nothing on a CPU"
     if switch.half and dtype is torch.float32:
         return "it does nothing in float32"
-    if switch.prepare:
-        return _missing("mamba_vision.inference.prepare")
-    if not switch.config:
+    if not present and not switch.prepare:
         return "the config has no such part"
-    for key, off, on in switch.config:
-        if key.endswith("._target_") and (reason := _missing(on)):
-            return reason
+    for key, off, _ in present:
         try:
             apply_overrides(copy.deepcopy(config), [f"{key}={off}"])
         except UserError as error:
             return str(error).partition(";")[0]
-    return None
-
-
-def _missing(name: str) -> str | None:
-    try:
-        locate(name)
-    except (ImportError, AttributeError):
-        return f"there is no {name}"
     return None
 
 

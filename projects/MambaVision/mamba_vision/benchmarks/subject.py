@@ -11,6 +11,7 @@ from detectron2.config import instantiate
 from detectron2.structures import Instances, pairwise_iou
 from torch import Tensor, nn
 
+from ..inference import prepare
 from .inputs import calibrate, draw_images, limit_detections, set_threshold
 from .rows import Row, build
 from .timing import exact
@@ -60,8 +61,6 @@ def detector(row: Row, weights: Weights, dtype: torch.dtype, device: str) -> nn.
     limit_detections(model, weights.threshold)
     if not row.prepare:
         return model
-    from ..inference import prepare
-
     return prepare(
         model,
         dtype=dtype if "dtype" in row.prepare and dtype is not torch.float32 else None,

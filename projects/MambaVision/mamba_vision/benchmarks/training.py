@@ -68,7 +68,7 @@ def compare(
     The learning rate is 0, so that all steps of all rows begin with the same weights.
     """
     config = _config(config, args)
-    trained = [s for s in switches if not s.prepare]
+    trained = [s for s in switches if not s.prepare and not s.loop]
     plain = make_rows(config, trained, args.window_padding, ["plain"])
     rows = make_rows(config, trained, args.window_padding, args.only)
     rows += _rows_beyond(config, trained, args)
