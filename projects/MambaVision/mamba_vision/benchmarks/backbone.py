@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     references = make_rows(config, of_backbone, args.window_padding, ["plain"])
 
     torch.manual_seed(0)
-    model = instantiate(references[0].config.model.backbone.bottom_up).to(args.device).eval()
+    model = instantiate(references[0].float32.model.backbone.bottom_up).to(args.device).eval()
     x = torch.randn(args.images, model.in_chans, *args.size, device=args.device)
     calibrate(model, lambda: model(x))
     state = model.state_dict()
@@ -110,17 +110,17 @@ def _forward(
     truths = {}
     for reference in references:
         with torch.no_grad(), exact():
-            truth = _model(reference, state, args.device)(x)
+            truth = _model(reference, state, torch.float32, args.device)(x)
         truths[reference.padding] = list(truth.values())
     with torch.no_grad(), torch.autocast(args.device, dtype, enabled=dtype is not torch.float32):
         limits = {}
         for reference in references:
-            features = _model(reference, state, args.device)(x)
+            features = _model(reference, state, dtype, args.device)(x)
             error = _worst(features.values(), truths[reference.padding])
             limits[reference.padding] = 2 * error + FLOOR
         for entry in entries:
             memory = Memory(args.device)
-            entry.forward = _evaluated(entry.row, state, x, args.device)
+            entry.forward = _evaluated(entry.row, state, x, dtype, args.device)
             features = entry.forward()
             entry.forward_memory = memory.peak()
             entry.error = _worst(features.values(), truths[entry.row.padding])
@@ -144,20 +144,18 @@ def _backward(
     entries = [entry for entry in entries if not entry.row.prepare]
     truths, limits = {}, {}
     for reference in references:
-        step = _Step(_model(reference, state, args.device, copied=True), x, dtype)
-        with _nothing_dropped(step.model):
-            with exact():
-                truths[reference.padding] = step.gradients(torch.float32)
-            error = _distance(step.gradients(dtype), truths[reference.padding])
+        with exact():
+            step = _step(reference, state, x, torch.float32)
+            truths[reference.padding] = step.gradients()
+        error = _distance(_step(reference, state, x, dtype).gradients(), truths[reference.padding])
         limits[reference.padding] = 2 * error + 10 * FLOOR
     for entry in entries:
         memory = Memory(args.device)
-        step = _Step(_model(entry.row, state, args.device, copied=True), x, dtype)
+        step = _step(entry.row, state, x, dtype)
         entry.both = step
         step()
         entry.both_memory = memory.peak()
-        with _nothing_dropped(step.model):
-            error = _distance(step.gradients(dtype), truths[entry.row.padding])
+        error = _distance(step.gradients(), truths[entry.row.padding])
         entry.gradient_error = error
         entry.correct &= error <= limits[entry.row.padding]
     for _ in range(args.rounds):
@@ -165,21 +163,23 @@ def _backward(
             entry.both_times.append(seconds(entry.both, args.device))
 
 
-def _model(row: Row, state: dict[str, Tensor], device: str, *, copied: bool = False) -> nn.Module:
+def _model(
+    row: Row, state: dict[str, Tensor], dtype: torch.dtype, device: str, *, copied: bool = False
+) -> nn.Module:
     state = copy.deepcopy(state) if copied else state
-    return build(row.config.model.backbone.bottom_up, state, device)
+    return build(row.model(dtype).backbone.bottom_up, state, device)
 
 
 def _evaluated(
-    row: Row, state: dict[str, Tensor], x: Tensor, device: str
+    row: Row, state: dict[str, Tensor], x: Tensor, dtype: torch.dtype, device: str
 ) -> Callable[[], dict[str, Tensor]]:
     """The features of a row, computed as its switches say."""
-    model = _model(row, state, device, copied="fuse" in row.prepare)
+    model = _model(row, state, dtype, device, copied="fuse" in row.prepare)
     if "fuse" in row.prepare:
         fuse(model)
     if "cuda_graphs" not in row.prepare:
         return lambda: model(x)
-    features = {}
+    features: dict[str, Tensor] = {}
     replay = captured(lambda: features.update(model(x)))
 
     def replayed() -> dict[str, Tensor]:
@@ -189,32 +189,35 @@ def _evaluated(
     return replayed
 
 
+def _step(row: Row, state: dict[str, Tensor], x: Tensor, dtype: torch.dtype) -> _Step:
+    return _Step(_model(row, state, dtype, x.device.type, copied=True), x, dtype)
+
+
 class _Step:
     """Forward and backward of a model in training."""
 
     def __init__(self, model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
-        self.model = model.train()
+        self._model = model.train()
         self._x, self._dtype = x, dtype
         self._weights: list[Tensor] = []
 
     def __call__(self) -> None:
-        self.model.zero_grad()
-        self._run(self._dtype)
-
-    def gradients(self, dtype: torch.dtype) -> list[Tensor]:
-        """Those of the parameters, in float32, with the models' numbers in ``dtype``."""
-        self.model.zero_grad()
-        self._run(dtype)
-        return [x.grad for x in self.model.parameters() if x.grad is not None]
-
-    def _run(self, dtype: torch.dtype) -> None:
-        with torch.autocast(self._x.device.type, dtype, enabled=dtype is not torch.float32):
-            features = list(self.model(self._x).values())
+        self._model.zero_grad()
+        with torch.autocast(
+            self._x.device.type, self._dtype, enabled=self._dtype is not torch.float32
+        ):
+            features = list(self._model(self._x).values())
         if not self._weights:
             generator = torch.Generator().manual_seed(0)
             draw = (torch.randn(y.shape, generator=generator) for y in features)
             self._weights = [SCALE * w.to(y) for w, y in zip(draw, features)]
-        torch.autograd.backward(features, [w.to(y.dtype) for w, y in zip(self._weights, features)])
+        torch.autograd.backward(features, self._weights)
+
+    def gradients(self) -> list[Tensor]:
+        """Those of the parameters, if no path is dropped."""
+        with _nothing_dropped(self._model):
+            self()
+        return [x.grad.clone() for x in self._model.parameters() if x.grad is not None]
 
 
 @contextmanager

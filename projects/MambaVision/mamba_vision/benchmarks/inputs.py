@@ -151,17 +151,21 @@ def _first(hook: Callable) -> Callable:
 
 def _take_statistics(shift: Tensor, factor: Tensor) -> Callable:
     def hook(norm: Any, inputs: tuple[Tensor, ...]) -> None:
-        variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3))
+        variance, mean = torch.var_mean(inputs[0], _others(inputs[0]))
         norm.running_mean.copy_(mean + shift * variance.sqrt())
         norm.running_var.copy_(variance * factor + 1e-3)
 
     return hook
 
 
+def _others(x: Tensor) -> list[int]:
+    """All axes but that of the channels."""
+    return [axis for axis in range(x.dim()) if axis != 1]
+
+
 def _spread_out(wanted_mean: float, spread: float) -> Callable:
     def hook(layer: Any, _inputs: Any, y: Tensor) -> Tensor:
-        others = [axis for axis in range(y.dim()) if axis != 1]
-        mean = y.mean(others)
+        mean = y.mean(_others(y))
         centred = y - mean.view(-1, *[1] * (y.dim() - 2))
         scale = spread / centred.std().clamp(min=1e-6)
         layer.weight.mul_(scale)

@@ -77,7 +77,7 @@ def run_varied(
                 milliseconds(passes[0]),
                 milliseconds([max(passes[0])]),
                 milliseconds(passes[2]),
-                *map(str, counts),
+                *counts,
                 memory,
             )
         )
@@ -114,8 +114,11 @@ def varied_sizes(count: int, short: int) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def _counted() -> Iterator[Callable[[], tuple[int, int, int]]]:
-    """Count the CUDA graphs, graphs of torch.compile and Triton kernels made while this is open."""
+def _counted() -> Iterator[Callable[[], list[str]]]:
+    """Count the CUDA graphs, graphs of torch.compile and Triton kernels made while this is open.
+
+    "-" for what cannot be counted.
+    """
     from torch._dynamo.utils import counters
 
     graphs = kernels = 0
@@ -137,7 +140,11 @@ def _counted() -> Iterator[Callable[[], tuple[int, int, int]]]:
         torch.cuda.CUDAGraph.capture_begin = counting_begin  # type: ignore[method-assign]
         if runtime is not None:
             runtime.jit_post_compile_hook = counting_kernel
-        yield lambda: (graphs, counters["stats"]["unique_graphs"] - compiled, kernels)
+        yield lambda: [
+            str(graphs),
+            str(counters["stats"]["unique_graphs"] - compiled),
+            "-" if runtime is None else str(kernels),
+        ]
     finally:
         torch.cuda.CUDAGraph.capture_begin = begin  # type: ignore[method-assign]
         if runtime is not None:

@@ -113,18 +113,24 @@ class Row:
         name: what is on.
         padding: ``window_padding``.
         config: with this row's switches.
+        float32: the same for float32, in which that which does nothing there may not run.
         prepare: the arguments of ``prepare`` that are on; without any nothing is prepared.
     """
 
     name: str
     padding: str
     config: DictConfig
+    float32: DictConfig
     prepare: frozenset[str] = frozenset()
 
     @property
     def cells(self) -> tuple[str, str]:
         """What a table says of the row first."""
         return self.name, self.padding
+
+    def model(self, dtype: torch.dtype) -> DictConfig:
+        """The detector's config, to be run under autocast with ``dtype``."""
+        return (self.float32 if dtype is torch.float32 else self.config).model
 
 
 def usable_switches(
@@ -231,13 +237,16 @@ def make_rows(
                 label = f"all ({label})"
             if only and not set(names) & set(only):
                 continue
-            changed = copy.deepcopy(config)
-            changed.model.backbone.bottom_up.window_padding = padding
+            changed, float32 = copy.deepcopy(config), copy.deepcopy(config)
+            for one in changed, float32:
+                one.model.backbone.bottom_up.window_padding = padding
             for k, switch in enumerate(switches):
                 for key, off, on in switch.config:
                     apply_overrides(changed, [f"{key}={on if k < count else off}"])
+                    is_on = k < count or switch.half
+                    apply_overrides(float32, [f"{key}={on if is_on else off}"])
             prepared = frozenset(s.prepare for s in switches[:count] if s.prepare)
-            rows.append(Row(label, padding, changed, prepared))
+            rows.append(Row(label, padding, changed, float32, prepared))
     return rows
 
 

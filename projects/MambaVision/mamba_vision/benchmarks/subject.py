@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import instantiate
-from detectron2.structures import Instances, pairwise_iou
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
 from ..inference import prepare
+from ..ops.backends import without_autocast
 from .inputs import calibrate, draw_images, limit_detections, set_threshold
 from .rows import Row, build
 from .timing import exact
@@ -47,7 +48,7 @@ class Weights:
 def draw_weights(plain: Row, size: tuple[int, int], device: str) -> Weights:
     """Random weights of a detector that finds as much as a trained one."""
     torch.manual_seed(0)
-    model = instantiate(plain.config.model).to(device).eval()
+    model = instantiate(plain.model(torch.float32)).to(device).eval()
     images = draw_images(1, size)
     with exact():
         calibrate(model, lambda: model(images))
@@ -57,7 +58,7 @@ def draw_weights(plain: Row, size: tuple[int, int], device: str) -> Weights:
 
 def detector(row: Row, weights: Weights, dtype: torch.dtype, device: str) -> nn.Module:
     """The detector of a row, prepared for inference as its switches say, with shared weights."""
-    model = build(row.config.model, weights.state, device)
+    model = build(row.model(dtype), weights.state, device)
     limit_detections(model, weights.threshold)
     if not row.prepare:
         return model
@@ -90,7 +91,8 @@ def lost(
     missed = [0, 0]
     counts = [sum(map(len, found)), sum(map(len, truth))]
     for ours, theirs in zip(found, truth, strict=True):
-        same = pairwise_iou(ours.pred_boxes, theirs.pred_boxes) >= tolerance.box
+        boxes = (Boxes(x.pred_boxes.tensor.float()) for x in (ours, theirs))
+        same = pairwise_iou(*boxes) >= tolerance.box
         same &= ours.pred_classes[:, None] == theirs.pred_classes
         same &= (ours.scores.float()[:, None] - theirs.scores.float()).abs() <= tolerance.score
         if ours.has("pred_masks"):
@@ -103,6 +105,7 @@ def lost(
 def _mask_iou(ours: Tensor, theirs: Tensor) -> Tensor:
     """(R, H, W) and (S, H, W) bool -> (R, S); two empty masks are the same."""
     a, b = ours.flatten(1).float(), theirs.flatten(1).float()
-    common = a @ b.T
+    with without_autocast(a.device):  # float16 does not count so far
+        common = a @ b.T
     union = a.sum(dim=1)[:, None] + b.sum(dim=1) - common
     return torch.where(union > 0, common / union.clamp(min=1), 1.0)
