@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=positive, default=2, help="at a time (default: %(default)s)"
     )
+    parser.add_argument("--forward-only", action="store_true", help="leave training out")
 
 
 @dataclass
@@ -77,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     state = model.state_dict()
     entries = [Entry(row) for row in rows]
     _forward(entries, references, state, x, dtype, args)
-    _backward(entries, references, state, x, dtype, args)
+    if not args.forward_only:
+        _backward(entries, references, state, x, dtype, args)
 
     table = Table(COLUMNS)
     for entry in entries:
