@@ -77,7 +77,7 @@ SWITCHES = (
     Switch(  # off: the kernel that PyTorch chooses by itself
         "attention", ((f"{BOTTOM_UP}.attention_backend", "pytorch", "null"),), gpu=True, half=True
     ),
-    Switch("fused_norm", ((f"{BOTTOM_UP}.fused_norm", "false", "true"),)),
+    Switch("fused_norm", ((f"{BOTTOM_UP}.fused_norm", "false", "true"),), gpu=True),
     Switch("skip_padding", ((f"{BOTTOM_UP}.skip_padding", "false", "true"),)),
     Switch(
         "pooler", tuple((f"{ROI_HEADS}.{x}_pooler._target_", *POOLERS) for x in ("box", "mask"))
