@@ -6,10 +6,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from mamba_vision.benchmarks import backbone, detector
 from mamba_vision.errors import ArgumentParser, cli
 from mamba_vision.ops import benchmark as ops
 
-COMMANDS = {"ops": ops}  # modules with add_arguments(parser) and run(args) -> exit code
+COMMANDS = {
+    "ops": ops,
+    "backbone": backbone,
+    "detector": detector,
+}  # modules with add_arguments(parser) and run(args) -> exit code
 
 
 @cli

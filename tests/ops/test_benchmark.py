@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from mamba_vision.benchmarks import timing
 from mamba_vision.errors import UserError
 from mamba_vision.ops import benchmark
 
@@ -14,7 +15,7 @@ SMALL = ["--device", "cpu", "--shapes", "1,40,8,2", "--rounds", "1"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(benchmark, "SECONDS_PER_TIMING", 0)
+    monkeypatch.setattr(timing, "SECONDS_PER_TIMING", 0)
 
 
 def run(*arguments):

@@ -10,11 +10,8 @@ the exponentials and matrix products if that is longer, at the speeds of this GP
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import platform
 import statistics
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -22,13 +19,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..benchmarks.timing import (
+    DTYPES,
+    Memory,
+    Table,
+    captured,
+    check_device,
+    machine,
+    milliseconds,
+    ratio,
+    seconds,
+)
 from ..errors import UserError
 from .benchmark_operators import OPERATORS, Operator, Shape
 
 __all__ = ["add_arguments", "run"]
 
-SECONDS_PER_TIMING = 0.1  # short runs are repeated to fill it
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHAPES = {  # one image at strides 16 and 32, and windows of ImageNet's size
     "cpu": ("1,12544,160,8", "1,3136,320,8", "16,196,160,8"),
     "cuda": ("2,12544,160,8", "2,3136,320,8", "128,196,160,8"),
@@ -65,19 +71,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the comparison as a table; return 1 if a backend computed something wrong, else 0."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU here; take --device cpu")
-    if args.rounds < 1:
-        raise UserError("--rounds: at least one round is needed")
+    check_device(args.device, args.rounds)
     known = {name for key in args.operators for name in OPERATORS[key].backends}
     for name in args.backends or ():
         if name not in known:
             raise UserError(f"--backends: {name!r} is none of {', '.join(sorted(known))}")
 
-    print(f"{_machine(args.device)}; {args.rounds} rounds")
+    print(f"{machine(args.device)}; {args.rounds} rounds")
     names = {key: _names(OPERATORS[key], key, args) for key in args.operators}
-    print(f"\n| {' | '.join(COLUMNS)} |")
-    print(f"|{' --- |' * len(COLUMNS)}", flush=True)
+    table = Table(COLUMNS)
     ceilings = _ceilings() if args.device == "cuda" else None
     correct = True
     for key in args.operators:
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
                 entries = _compare(OPERATORS[key], names[key], shape, DTYPES[dtype], args)
                 correct &= all(entry.correct for entry in entries)
                 floor = _floor(OPERATORS[key], shape, entries[0], ceilings)
-                _print(key, shape, dtype, entries, floor)
+                _print(table, key, shape, dtype, entries, floor)
     return 0 if correct else 1
 
 
@@ -120,15 +122,6 @@ def _names(operator: Operator, key: str, args: argparse.Namespace) -> list[str]:
     # The accelerators that others are measured by, else the definition.
     yardsticks = ("mamba_ssm", "causal_conv1d", "reference")
     return sorted(names, key=lambda name: (*yardsticks, name).index(name))
-
-
-def _machine(device: str) -> str:
-    versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
-    if device == "cuda":
-        triton = importlib.metadata.version("triton")
-        name = torch.cuda.get_device_name()
-        return f"{name}, {versions}, CUDA {torch.version.cuda}, Triton {triton}"
-    return f"{platform.machine()} CPU, threads: {torch.get_num_threads()}, {versions}"
 
 
 @dataclass
@@ -184,11 +177,11 @@ def _compare(
     calls: list[tuple[Callable[[], object], Callable[[], object]]]
     calls = [(current.run_forward, current.run_both) for current in entries]
     if args.device == "cuda" and not args.eager:
-        calls = [(_captured(forward), _captured(both)) for forward, both in calls]
+        calls = [(captured(forward), captured(both)) for forward, both in calls]
     for _ in range(args.rounds):
         for current, (forward, both) in zip(entries, calls):
-            current.forward.append(_seconds(forward, args.device))
-            current.both.append(_seconds(both, args.device))
+            current.forward.append(seconds(forward, args.device))
+            current.both.append(seconds(both, args.device))
     return entries
 
 
@@ -198,46 +191,14 @@ def _check(entry: Entry, truth: Sequence[Tensor], usual: Sequence[Tensor]) -> No
     Correct is an error of at most twice that of plain PyTorch in the same dtype, and 16 units in
     the last place of float32 besides, in the measure of the largest number.
     """
-    cuda = entry.weights.is_cuda
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    memory = Memory(entry.weights.device.type)
     results = entry.run_both()
-    if cuda:
-        entry.memory = (torch.cuda.max_memory_allocated() - before) / 2**20
+    entry.memory = memory.peak()
     for result, exact, plain in zip(results, truth, usual):
         error, limit = ((x.double() - exact).abs().max().item() for x in (result, plain))
         largest = exact.abs().max().item()
         entry.error = max(entry.error, error / largest)
         entry.correct &= error <= 2 * limit + 16 * torch.finfo(torch.float32).eps * largest
-
-
-def _captured(function: Callable[[], object]) -> Callable[[], object]:
-    """A replay of the kernels that the function launches."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
-def _seconds(function: Callable[[], object], device: str) -> float:
-    def repeat(times: int) -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / times
-
-    once = repeat(1)
-    times = int(SECONDS_PER_TIMING / once)
-    return repeat(times) if times > 1 else once
 
 
 class Ceilings(NamedTuple):
@@ -251,8 +212,8 @@ class Ceilings(NamedTuple):
 def _ceilings() -> Ceilings:
     large = torch.randn(2**28, device="cuda")
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    copy = _seconds(_captured(large.clone), "cuda")
-    matmul = _seconds(_captured(lambda: square @ square), "cuda")
+    copy = seconds(captured(large.clone), "cuda")
+    matmul = seconds(captured(lambda: square @ square), "cuda")
     query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
     clock = 1e6 * float(subprocess.run(query, capture_output=True, check=True).stdout.split()[0])
     # 16 a cycle and multiprocessor (CUDA C++ programming guide, arithmetic instructions)
@@ -276,27 +237,26 @@ def _floor(
 
 
 def _print(
-    operator: str, shape: Shape, dtype: str, entries: Sequence[Entry], floor: float | None
+    table: Table,
+    operator: str,
+    shape: Shape,
+    dtype: str,
+    entries: Sequence[Entry],
+    floor: float | None,
 ) -> None:
     for entry in entries:
-        share = "-" if floor is None else f"{floor / statistics.median(entry.both):.0%}"
-        speeds = (
-            statistics.median(a / b for a, b in zip(one, other))
-            for one, other in (
-                (entries[0].forward, entry.forward),
-                (entries[0].both, entry.both),
+        table.add(
+            (
+                operator,
+                ", ".join(map(str, shape)),
+                dtype,
+                entry.backend,
+                milliseconds(entry.forward, 3),
+                milliseconds(entry.both, 3),
+                "-" if entry.memory is None else f"{entry.memory:.0f}",
+                ratio(entries[0].forward, entry.forward),
+                ratio(entries[0].both, entry.both),
+                "-" if floor is None else f"{floor / statistics.median(entry.both):.0%}",
+                f"{entry.error:.1e}" + ("" if entry.correct else " WRONG"),
             )
         )
-        cells = (
-            operator,
-            ", ".join(map(str, shape)),
-            dtype,
-            entry.backend,
-            f"{1e3 * statistics.median(entry.forward):.3f}",
-            f"{1e3 * statistics.median(entry.both):.3f}",
-            "-" if entry.memory is None else f"{entry.memory:.0f}",
-            *(f"{speed:.2f} x" for speed in speeds),
-            share,
-            f"{entry.error:.1e}" + ("" if entry.correct else " WRONG"),
-        )
-        print(f"| {' | '.join(cells)} |", flush=True)

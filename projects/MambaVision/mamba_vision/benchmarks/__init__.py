@@ -1,0 +1,1 @@
+"""Backbone and detector, timed with each of their optimisations off and on."""
