@@ -28,6 +28,21 @@ def test_agrees_with_multihead_attention(dim, heads):
     torch.testing.assert_close(dy, dz)
 
 
+@pytest.mark.parametrize("count", [1, 5, 11])
+def test_some_tokens_alone(count):
+    """They get what they get among all, and all weights the gradients of these."""
+    attention = Attention(14, 2).double()
+    nn.init.normal_(attention.qkv.bias)
+    x = torch.randn(3, 11, 14, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(3, count, 14, dtype=torch.float64)
+    outcomes = []
+    for y in (attention(x)[:, :count], attention(x, x[:, :count])):
+        grads = torch.autograd.grad(y, [x, *attention.parameters()], direction)
+        outcomes.append((y, *grads))
+    for one, other in zip(*outcomes):
+        torch.testing.assert_close(other, one)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("channels", [40, 49])

@@ -12,7 +12,9 @@ from torchvision.ops import StochasticDepth
 
 from mamba_vision.backbone import VARIANTS, MambaVision
 from mamba_vision.errors import UserError
+from mamba_vision.ops.layer_norm import triton_layer_norm
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = Path(__file__).parents[1] / "data" / "mamba_vision_names.json"
 
 
@@ -233,6 +235,57 @@ def test_backends_reach_every_mixer(nano):
         MambaVision(**nano, scan_backend="nowhere")(torch.zeros(1, 3, 32, 32))
     with pytest.raises(UserError, match="'nowhere'"):
         MambaVision(**nano, conv_backend="nowhere")(torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 9, 5), (8, 8, 4, 3)])  # one window; some
+@pytest.mark.parametrize("padding", ["full", "fit"])
+@pytest.mark.parametrize("depths", [(1, 1, 3, 2), (1, 1, 1, 1)])
+def test_switches_change_nothing(nano, monkeypatch, sizes, padding, depths):
+    """Features and gradients stay, though Triton, here perhaps interpreted, adds and normalizes."""
+    options = nano | {"window_size": sizes, "depths": depths, "window_padding": padding}
+    # Frozen batch norms, as others leave rounding alone of the gradients of the biases before them.
+    options |= {"layer_scale": 0.3, "drop_path_rate": 0.3, "norm": "FrozenBN"}
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    image = torch.randn(2, 3, 96, 160, device=DEVICE)
+    off = MambaVision(**options, fused_norm=False, skip_padding=False).to(DEVICE)
+    on = MambaVision(**options).to(DEVICE)
+    assert list(on.state_dict()) == list(off.state_dict())
+    on.load_state_dict(off.state_dict())
+    weights = None
+    outcomes = []
+    for backbone in (off, on):
+        torch.manual_seed(1)
+        features = backbone(image)
+        weights = weights or {k: torch.randn_like(v) for k, v in features.items()}
+        sum((v * weights[k]).sum() for k, v in features.items()).backward()
+        grads = {name: p.grad for name, p in backbone.named_parameters()}
+        outcomes.append(features | grads)
+        monkeypatch.setattr(triton_layer_norm, "obstacle", lambda *_, **__: None)  # on: "auto"
+    for name, expected in outcomes[0].items():
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(
+            outcomes[1][name], expected, rtol=1e-3, atol=1e-4 * max(scale, 1e-2), msg=name
+        )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layer_scale", [None, 0.3])
+def test_fused_norms_are_as_exact_as_pytorch_s(nano, dtype, layer_scale):
+    """Under autocast, by the features' distance from those in float32."""
+    options = nano | {"layer_scale": layer_scale, "window_size": (8, 8, 14, 7)}
+    fused = MambaVision(**options).cuda().eval()
+    plain = MambaVision(**options, fused_norm=False).cuda().eval()
+    plain.load_state_dict(fused.state_dict())
+    image = torch.randn(2, 3, 320, 448, device="cuda")
+    with torch.no_grad():
+        truth = plain(image)
+        with torch.autocast("cuda", dtype=dtype):
+            results, usual = fused(image), plain(image)
+    for name, expected in truth.items():
+        assert results[name].dtype == usual[name].dtype == dtype
+        error, allowed = ((x[name] - expected).abs().max() for x in (results, usual))
+        assert error <= 2 * allowed, name
 
 
 def test_drop_path_rises_linearly(nano):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -5,6 +7,7 @@ from torch import nn
 from mamba_vision.backbone.attention import Attention
 from mamba_vision.backbone.mixer import MambaVisionMixer
 from mamba_vision.backbone.stages import ConvStage, WindowStage
+from mamba_vision.backbone.windows import window_shape
 
 
 def _window_stage(depth=2, drop_path=0.0, **options) -> WindowStage:
@@ -60,6 +63,49 @@ def test_windows_by_hand(padding, h, w):
     feature, following = stage(x)
     torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-5)
     assert following is None
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "padding", "part"),
+    [
+        ((3, 5), 8, "full", (3, 5)),  # one window of 8 x 8
+        ((5, 3), 8, "full", (5, 3)),
+        ((8, 3), 8, "full", (8, 3)),
+        ((3, 9), 4, "full", (3, 4)),  # 1 x 3 windows: whole rows, every column
+        ((9, 3), 4, "full", (4, 3)),
+        ((5, 6), 4, "full", None),  # 2 x 2
+        ((4, 9), 4, "full", None),
+        ((3, 5), 8, "fit", None),
+        ((3, 9), 4, "fit", None),
+    ],
+)
+def test_the_last_block_skips_padding(size, window, padding, part):
+    """It leaves out what it may, and nothing else changes: features, gradients, dropped windows."""
+    options = {"window_size": window, "window_padding": padding, "layer_scale": 0.5}
+    x = torch.randn(2, 16, *size, requires_grad=True)
+    direction = torch.randn(2, 16, *size)
+    state, outcomes, tokens = None, [], []
+    for skip in (False, True):
+        stage = _window_stage(3, drop_path=0.4, skip_padding=skip, **options)
+        state = state or stage.state_dict()
+        stage.load_state_dict(state)
+        stage.blocks[-1].mlp.register_forward_hook(lambda m, x, y: tokens.append(y.shape[1]))
+        torch.manual_seed(1)
+        feature, _ = stage(x)
+        grads = torch.autograd.grad(feature, [x, *stage.parameters()], direction)
+        outcomes.append((feature, *grads))
+    whole = window_shape(*size, window, padding)
+    assert tokens == [math.prod(whole), math.prod(part or whole)]
+    for one, other in zip(*outcomes):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mamba_mixer_has_no_padding_to_skip():
+    stage = _window_stage(1, window_size=8).eval()
+    tokens = []
+    stage.blocks[0].mlp.register_forward_hook(lambda m, x, y: tokens.append(y.shape[1]))
+    stage(torch.randn(1, 16, 3, 5))
+    assert tokens == [64]
 
 
 def test_downsampling_follows_the_feature():

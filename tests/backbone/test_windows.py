@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mamba_vision.backbone.windows import cut_windows, join_windows, window_shape
+from mamba_vision.backbone.windows import crop_windows, cut_windows, join_windows, window_shape
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,21 @@ def test_cut_by_hand():
     ).float()
     assert torch.equal(windows, torch.cat((expected, -expected)).unsqueeze(-1))
     assert windows.is_contiguous()
+
+
+def test_crop_by_hand():
+    windows = torch.arange(12.0).view(2, 6, 1)  # two of 2 x 3
+    cropped = crop_windows(windows, (2, 3), (2, 2)).squeeze(-1)
+    assert cropped.tolist() == [[0, 1, 3, 4], [6, 7, 9, 10]]
+    assert crop_windows(windows, (2, 3), (1, 3)).squeeze(-1).tolist() == [[0, 1, 2], [6, 7, 8]]
+
+
+@pytest.mark.parametrize(("shape", "part"), [((9, 9), (6, 7)), ((2, 9), (2, 7)), ((9, 3), (6, 3))])
+def test_cropped_windows_join_to_the_map(shape, part):
+    x = torch.randn(2, 5, 6, 7)
+    cropped = crop_windows(cut_windows(x, shape), shape, part)
+    assert cropped.is_contiguous()
+    assert torch.equal(join_windows(cropped, part, (6, 7)), x)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -136,6 +136,8 @@ def window_stage(dim, dtype=torch.float32, **options):
             "scan_backend": None,
             "conv_backend": None,
             "norm_backend": None,
+            "attention_backend": None,
+            "cuda_graphs": False,
             **options,
         },
     )

@@ -39,7 +39,7 @@ class CudaRecorder:
             For each function one that launches its graph.
 
         Raises:
-            RuntimeError: a function cannot be recorded. The recorder is of no more use.
+            RuntimeError: a function cannot be recorded.
         """
         graphs = [torch.cuda.CUDAGraph() for _ in runs]
         with torch.cuda.device(self._device):
@@ -49,16 +49,26 @@ class CudaRecorder:
                 with torch.random.fork_rng([torch.cuda.current_device()]):
                     for run in runs:
                         run()
-                for run, graph in zip(runs, graphs):
-                    with torch.cuda.graph(
-                        graph,
-                        pool=self._pool,
-                        stream=self._stream,
-                        capture_error_mode="thread_local",  # other threads may pin memory
-                    ):
-                        run()
+                try:
+                    for run, graph in zip(runs, graphs):
+                        self._record(run, graph)
+                except RuntimeError:
+                    # PyTorch's random generator waits for the end of the recording that failed, and
+                    # refuses to draw until another one ended well.
+                    self._pool = torch.cuda.graph_pool_handle()
+                    self._record(lambda: torch.zeros(1, device=self._device), torch.cuda.CUDAGraph())
+                    raise
             current.wait_stream(self._stream)
         return tuple(graph.replay for graph in graphs)
+
+    def _record(self, run: Run, graph: torch.cuda.CUDAGraph) -> None:
+        with torch.cuda.graph(
+            graph,
+            pool=self._pool,
+            stream=self._stream,
+            capture_error_mode="thread_local",  # other threads may pin memory
+        ):
+            run()
 
 
 @functools.cache

@@ -67,8 +67,7 @@ class Attention(nn.Module):
             q, k, v = self._heads(self.qkv(x), 3)
         else:
             # The layer holds the weights of q, k and v below each other.
-            dim = asked.shape[-1]
-            weight, bias = self.qkv.weight, self.qkv.bias
+            dim, weight, bias = self.qkv.in_features, self.qkv.weight, self.qkv.bias
             (q,) = self._heads(F.linear(asked, weight[:dim], bias[:dim]), 1)
             k, v = self._heads(F.linear(x, weight[dim:], bias[dim:]), 2)
         channels = q.shape[-1]

@@ -71,7 +71,7 @@ def add_layer_norm(
     total = x.dtype
     for tensor in (branch, gamma):
         total = total if tensor is None else torch.promote_types(total, tensor.dtype)
-    chosen = BACKENDS.choose(backend, *tensors, width=x.shape[-1])
+    chosen = BACKENDS.choose(backend, *tensors, width=weight.shape[0])
     dtype = dtype or autocast_dtype(x.device, total)
     with without_autocast(x.device):
         return chosen.run(*tensors, eps=eps, dtype=dtype)
