@@ -13,7 +13,7 @@ import torch
 
 __all__ = ["CudaRecorder", "Record", "Run"]
 
-Run = Callable[[], None]
+Run = Callable[[], object]
 Record = Callable[..., tuple[Run, ...]]  # from functions to as many that do the same, only faster
 
 
