@@ -74,9 +74,9 @@ def _pad_levels(x: Tensor, level_sizes: Sequence[int], filler: float) -> Tensor:
     return padded
 
 
-def to_device(image_sizes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-    """Heights and widths as a tensor, (N, 2) float32; the CPU goes on while they are copied."""
-    sizes = torch.tensor(image_sizes, dtype=torch.float32)
+def to_device(numbers: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:
+    """Numbers as a tensor of float32; the CPU goes on while they are copied."""
+    tensor = torch.tensor(numbers, dtype=torch.float32)
     if device.type == "cuda":
-        sizes = sizes.pin_memory()
-    return sizes.to(device, non_blocking=True)
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -56,7 +56,9 @@ class CudaRecorder:
                     # PyTorch's random generator waits for the end of the recording that failed, and
                     # refuses to draw until another one ended well.
                     self._pool = torch.cuda.graph_pool_handle()
-                    self._record(lambda: torch.zeros(1, device=self._device), torch.cuda.CUDAGraph())
+                    self._record(
+                        lambda: torch.zeros(1, device=self._device), torch.cuda.CUDAGraph()
+                    )
                     raise
             current.wait_stream(self._stream)
         return tuple(graph.replay for graph in graphs)

@@ -5,7 +5,8 @@ one mask head. The cascade with which MambaVision's detectors were trained diffe
 module holds, and in nothing else.
 
 Shapes:
-    N images; R RoIs of all images together, R_i those of image i; K foreground classes;
+    N images; R RoIs of all images together, R_i those of image i, M of each at most where they are
+    padded to one number; K foreground classes; D detections of an image at most;
     class logits (R, K + 1), background last; deltas (R, 4 K), class by class (dx, dy, dw, dh).
 """
 
@@ -18,10 +19,13 @@ from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import UserError
+from ..proposals import to_device
 from .mask_head import SharedMasks
 from .sampling import draw_samples
+from .selection import select_detections
 
 __all__ = ["ClassSpecificCascadeROIHeads", "StageMaskHeads"]
 
@@ -235,75 +239,100 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
         return moved.nan_to_num(nan=0.0).clamp(min=0).minimum(frames)
 
     def _forward_box(self, features, proposals, targets=None):
-        """Detections of N images at test time: the stages' mean logits, the last one's boxes."""
+        """Detections of N images at test time; see :meth:`detect`."""
         given = [p.proposal_boxes.tensor for p in proposals]
-        found = self.run_cascade(
-            [features[name] for name in self.box_in_features],
-            list(zip(given, _frames(proposals), strict=True)),
+        sizes = [p.image_size for p in proposals]
+        found = self.detect(
+            features,
+            pad_sequence(given, batch_first=True),
+            to_device([len(boxes) for boxes in given], given[0].device),
+            to_device(sizes, given[0].device),
         )
-        logits, deltas, boxes = zip(*found, strict=True)
-        last = [
-            Instances(used.image_size, proposal_boxes=Boxes(moved))
-            for used, moved in zip(proposals, boxes, strict=True)
+        *found, counts = found
+        return [
+            Instances(
+                size, pred_boxes=Boxes(boxes[:n]), scores=scores[:n], pred_classes=classes[:n]
+            )
+            for size, n, boxes, scores, classes in zip(sizes, counts.tolist(), *found, strict=True)
         ]
-        predictions = torch.cat(logits), torch.cat(deltas)
-        detections, _ = self.box_predictor[-1].inference(predictions, last)
-        return detections
+
+    def detect(
+        self, features: dict[str, Tensor], boxes: Tensor, counts: Tensor, image_sizes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Find the objects of N images, at test time, without waiting for the GPU.
+
+        Args:
+            features: maps (N, C, H, W) by name.
+            boxes: the proposals, (N, M, 4); those of an image come first, the rest is padding.
+            counts: how many an image has, (N,).
+            image_sizes: (N, 2), height and width in pixels.
+
+        Returns:
+            Boxes (N, D, 4), scores (N, D) from the highest down, classes (N, D) and how many there
+            are, (N,); see :func:`~mamba_vision.roi_heads.selection.select_detections`. D is
+            ``test_topk_per_image`` of the last stage's predictor, or K M if that is less.
+        """
+        shape = boxes.shape[:2]
+        frames = image_sizes.to(boxes.dtype).flip(1).repeat(1, 2)[:, None].expand_as(boxes)
+        there = torch.arange(shape[1], device=boxes.device) < counts[:, None]
+        predictions, boxes = self.run_cascade(features, boxes, frames)
+        predictor = self.box_predictor[-1]
+        rois = [Instances((0, 0), proposal_boxes=Boxes(boxes.flatten(0, 1)))]
+        (moved,), (scores,) = (
+            predict(predictions, rois)
+            for predict in (predictor.predict_boxes, predictor.predict_probs)
+        )
+        return select_detections(
+            moved.view(*shape, self.num_classes, 4),
+            scores.view(*shape, self.num_classes + 1),
+            there,
+            image_sizes,
+            score_threshold=predictor.test_score_thresh,
+            nms_threshold=predictor.test_nms_thresh,
+            most=predictor.test_topk_per_image,
+        )
 
     def run_cascade(
-        self, features: list[Tensor], rois: list[tuple[Tensor, Tensor]]
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        self, features: dict[str, Tensor], boxes: Tensor, frames: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Run all stages on N images, at test time.
 
         Args:
-            features: for each level a map (N, C, H, W).
-            rois: for each image its boxes (R_i, 4), and the frames to clip them to (R_i, 4).
+            features: maps (N, C, H, W) by name.
+            boxes: (N, M, 4).
+            frames: what to clip them to, (N, M, 4).
 
         Returns:
-            For each image the stages' mean logits (R_i, K + 1), the last stage's deltas (R_i, 4 K)
-            and the boxes that those refine (R_i, 4).
+            The stages' mean logits (N M, K + 1) and the last stage's deltas (N M, 4 K); then the
+            boxes that those refine, (N, M, 4).
         """
-        counts = [len(boxes) for boxes, _ in rois]
-        boxes, frames = (torch.cat(x) for x in zip(*rois, strict=True))
+        maps = [features[name] for name in self.box_in_features]
         all_logits = []
         for k in range(self.num_cascade_stages):
-            logits, deltas = self._predict(features, [Boxes(b) for b in boxes.split(counts)], k)
+            logits, deltas = self._predict(maps, [Boxes(of_image) for of_image in boxes], k)
             all_logits.append(logits)
             if k + 1 < self.num_cascade_stages:
-                boxes = self._move((logits, deltas), boxes, frames, k)
-        logits = torch.stack(all_logits).mean(dim=0)
-        return list(zip(*(x.split(counts) for x in (logits, deltas, boxes)), strict=True))
+                flat = boxes.flatten(0, 1), frames.flatten(0, 1)
+                boxes = self._move((logits, deltas), *flat, k).view_as(boxes)
+        return (torch.stack(all_logits).mean(dim=0), deltas), boxes
 
-    def _forward_mask(self, features, instances):
-        """Set ``pred_masks`` of detections, at test time; see :class:`StageMaskHeads`."""
-        if not self.mask_on:
-            return instances
-        if self.mask_pooler is None:
-            return super()._forward_mask(features, instances)
-        masks = self.run_masks(
-            [features[name] for name in self.mask_in_features],
-            [(found.pred_boxes.tensor, found.pred_classes) for found in instances],
-        )
-        for found, (masks_i,) in zip(instances, masks, strict=True):
-            found.pred_masks = masks_i
-        return instances
-
-    def run_masks(
-        self, features: list[Tensor], rois: list[tuple[Tensor, Tensor]]
-    ) -> list[tuple[Tensor]]:
-        """Predict the masks of N images' boxes.
+    def run_masks(self, features: dict[str, Tensor], boxes: Tensor, classes: Tensor) -> Tensor:
+        """Predict the masks of N images' boxes, as many of each.
 
         Args:
-            features: for each level a map (N, C, H, W).
-            rois: for each image its boxes (R_i, 4) and their classes (R_i,).
+            features: maps (N, C, H, W) by name.
+            boxes: (N, D, 4).
+            classes: (N, D).
 
         Returns:
-            For each image, alone in a tuple, its masks (R_i, 1, M, M) in [0, 1].
+            (N, D, M, M), probabilities.
         """
-        boxes = [Boxes(b) for b, _ in rois]
-        instances = [Instances((0, 0), pred_classes=classes) for _, classes in rois]
-        found = self.mask_head(self.mask_pooler(features, boxes), instances)
-        return [(i.pred_masks,) for i in found]
+        instances = [
+            Instances((0, 0), pred_boxes=Boxes(boxes_i), pred_classes=classes_i)
+            for boxes_i, classes_i in zip(boxes, classes, strict=True)
+        ]
+        found = self._forward_mask(features, instances)
+        return torch.stack([of_image.pred_masks[:, 0] for of_image in found])
 
     def _mask_losses(self, features, foreground, targets, stage: int) -> dict[str, Tensor]:
         """Loss of one stage's mask head on the foreground among that stage's samples."""

@@ -1,0 +1,121 @@
+"""Detections, chosen in fixed shapes, are those of Detectron2."""
+
+import pytest
+import torch
+from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
+from torch.testing import assert_close
+
+from mamba_vision.proposals import to_device
+from mamba_vision.roi_heads.selection import select_detections
+
+SIZES = [(60, 90), (90, 50)]
+THRESHOLD = 0.15  # of scores
+CLASSES = 5
+
+
+def boxes_and_scores(rois, seed=0):
+    """Boxes that overlap, within an image and beyond, and scores: (2, M, K, 4), (2, M, K + 1)."""
+    draw = torch.Generator().manual_seed(seed)
+    corners = torch.rand(2, rois, CLASSES, 2, generator=draw) * 100 - 10
+    sides = 5 + torch.rand(2, rois, CLASSES, 2, generator=draw) * 60
+    scores = torch.randn(2, rois, CLASSES + 1, generator=draw).softmax(dim=2)
+    return torch.cat([corners, corners + sides], dim=3), scores
+
+
+def select(boxes, scores, counts, most=100, threshold=THRESHOLD, device="cpu"):
+    count = to_device(counts, torch.device(device))
+    there = torch.arange(boxes.shape[1], device=device) < count[:, None]
+    sizes = to_device(SIZES[: len(boxes)], torch.device(device))
+    options = {"score_threshold": threshold, "nms_threshold": 0.5, "most": most}
+    return select_detections(boxes.to(device), scores.to(device), there, sizes, **options)
+
+
+def expect(boxes, scores, counts, most=100, threshold=THRESHOLD):
+    """Detectron2's, of the RoIs that there are."""
+    return fast_rcnn_inference(
+        [b[:n].flatten(1).clone() for b, n in zip(boxes, counts)],  # it clips them in place
+        [s[:n].clone() for s, n in zip(scores, counts)],
+        SIZES[: len(boxes)],
+        threshold,
+        0.5,
+        most,
+    )[0]
+
+
+def assert_same(found, expected, width):
+    boxes, scores, classes, counts = (x.cpu() for x in found)
+    assert boxes.shape == (len(expected), width, 4)
+    assert scores.shape == classes.shape == (len(expected), width)
+    assert counts.tolist() == [len(e) for e in expected]
+    for boxes_i, scores_i, classes_i, e in zip(boxes, scores, classes, expected, strict=True):
+        n = len(e)
+        assert_close(boxes_i[:n], e.pred_boxes.tensor, rtol=0, atol=0)
+        assert_close(scores_i[:n], e.scores, rtol=0, atol=0)
+        assert_close(classes_i[:n], e.pred_classes, rtol=0, atol=0)
+        assert not boxes_i[n:].any()
+        assert (scores_i[n:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize(
+    ("counts", "most", "width", "found"),
+    [
+        ((60, 60), 100, 100, 40),  # as many as there may be are not reached
+        ((60, 25), 20, 20, 20),  # they are
+        ((60, 25), -1, 300, 40),
+        ((0, 60), 100, 100, 0),
+    ],
+)
+def test_they_are_detectron2s(images, counts, most, width, found):
+    given = [x[:images] for x in boxes_and_scores(60)]
+    expected = expect(*given, counts[:images], most)
+    assert len(expected[0]) >= found
+    assert_same(select(*given, counts[:images], most), expected, width)
+
+
+def test_none_is_found_above_the_threshold():
+    given = boxes_and_scores(10)
+    assert_same(
+        select(*given, (10, 10), threshold=1.0), expect(*given, (10, 10), threshold=1.0), 50
+    )
+
+
+def test_without_rois_there_is_room_for_nothing():
+    boxes, scores, classes, counts = select(*boxes_and_scores(0), (0, 0))
+    assert boxes.shape == (2, 0, 4)
+    assert scores.shape == classes.shape == (2, 0)
+    assert counts.tolist() == [0, 0]
+
+
+def test_rois_whose_numbers_are_none_are_dropped():
+    boxes, scores = boxes_and_scores(30)
+    boxes[0, 3, 1, 2] = torch.nan  # of one class, which drops the others too
+    boxes[1, 4, 0, 0] = torch.inf
+    scores[0, 5, CLASSES] = torch.nan
+    scores[1, 6, 2] = torch.inf
+    expected = expect(boxes, scores, (30, 30))
+    assert min(len(e) for e in expected) > 10
+    assert_same(select(boxes, scores, (30, 30)), expected, 100)
+
+
+def test_equal_scores_come_by_class_and_roi():
+    apart = torch.arange(3.0)[:, None] * 20 + torch.tensor([0.0, 0, 10, 10])
+    boxes = apart[None, :, None].expand(1, 3, 2, 4)
+    scores = torch.tensor([0.4, 0.4, 0.2]).expand(1, 3, 3)
+    found, _, classes, counts = select(boxes, scores, (3,), most=5)
+    assert counts.tolist() == [5]
+    assert classes.tolist() == [[0, 0, 0, 1, 1]]
+    assert_close(found[0], apart.clamp(max=60)[[0, 1, 2, 0, 1]])
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_nothing_waits():
+    given = boxes_and_scores(60)
+    select(*given, (60, 25), device="cuda")
+    boxes, scores = (x.cuda() for x in given)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = select(boxes, scores, (60, 25), device="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same(found, expect(*given, (60, 25)), 100)
