@@ -12,9 +12,9 @@ from mamba_vision.inference.graphs import Graphed, Graphs
 CPU = torch.device("cpu")
 
 
-def played(run):
+def played(*runs):
     """A recording as a device has it: nothing but what was done to the memory it was done in."""
-    return run
+    return runs
 
 
 def graphs(**options):
@@ -120,7 +120,7 @@ def test_the_graph_not_used_for_longest_goes():
 
 
 def test_what_cannot_be_recorded_is_called(caplog):
-    def fails(run):
+    def fails(*runs):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     shared = graphs(record=fails)

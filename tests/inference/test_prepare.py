@@ -11,8 +11,6 @@ from torchvision.ops import box_iou
 
 from mamba_vision import UserError, model_zoo
 from mamba_vision.inference import Graphs, prepare
-from mamba_vision.inference.graphs import Graphed
-from mamba_vision.inference.prepare import _Padded, use_graphs
 
 NANO = "cascade_mask_rcnn_mamba_vision_nano_shapes"
 SIZES = [(90, 130), (130, 90), (64, 64)]
@@ -74,7 +72,7 @@ def run(model, inputs):
 @pytest.fixture
 def played():
     """Graphs that on a CPU do all that they do on a GPU, except to be fast."""
-    return Graphs(torch.device("cpu"), record=lambda run: run)
+    return Graphs(torch.device("cpu"), record=lambda *runs: runs)
 
 
 @pytest.mark.parametrize("fuse", [False, True])
@@ -113,52 +111,28 @@ def compare_over_sizes(model, prepared, same):
     assert min(counts) <= 16 < max(counts)
 
 
-# Of four forms of batches: backbone, proposals, cascade, and the mask heads on few and on many.
-ALL_GRAPHS = 4 * 5
+# Of four forms of batches: backbone, detections, and the mask heads on few and on many.
+ALL_GRAPHS = 4 * 4
 
 
 def test_graphs_change_nothing(played):
     """In their padding, in memory that is used again and again, and whatever comes in between."""
     model = nano()
     prepared = prepare(model)
-    use_graphs(prepared.model, played)
+    prepared.use_graphs(played)
     compare_over_sizes(model, prepared, assert_same)
     assert played.captures == ALL_GRAPHS
 
 
-def test_rois_are_padded_to_few_numbers_of_them(played):
-    seen = []
-
-    def function(features, rois):
-        seen.append([len(boxes) for boxes, _ in rois])
-        return [(boxes + features[0], classes * 2) for boxes, classes in rois]
-
-    padded = _Padded(Graphed(function, played), counts=(3, 5))
-    features = [torch.tensor(7.0)]
-    results = []
-    for lengths in ((1, 2), (3, 0), (0, 0), (4, 1), (5, 5), (9, 2), (9, 6), (8, 9)):
-        rois = [(torch.randn(n, 4), torch.randint(9, (n,))) for n in lengths]
-        found = padded(features, rois)
-        results.append((rois, found, copy.deepcopy(found)))
-    assert seen == [[3, 3]] * 3 + [[5, 5]] * 2 + [[9, 9]] * 3
-    for rois, found, at_first in results:
-        for (boxes, classes), now, then in zip(rois, found, at_first, strict=True):
-            for one in (now, then):  # no later call wrote over it
-                torch.testing.assert_close(one, (boxes + 7, classes * 2), rtol=0, atol=0)
-
-
 def test_results_are_not_overwritten_by_the_next_image(played):
     prepared = prepare(nano())
-    use_graphs(prepared.model, played)
+    prepared.use_graphs(played)
     inputs = [images(SIZES[0]) for _ in range(6)]
     found = [prepared(x) for x in inputs[2:]]
     kept = copy.deepcopy(found)
-    raw = [prepared.model.inference(x, do_postprocess=False)[0] for x in inputs]
-    masks = [r.pred_masks.clone() for r in raw]
     prepared(inputs[0])
     for f, k in zip(found, kept):
         assert_same(f, k, tolerance=0)
-    assert all(torch.equal(r.pred_masks, m) for r, m in zip(raw, masks))
 
 
 @pytest.mark.parametrize("threshold", [2.0, -1.0])
@@ -166,7 +140,7 @@ def test_no_detection_and_as_many_as_there_may_be(played, threshold):
     model = nano()
     model.roi_heads.box_predictor[-1].test_score_thresh = threshold
     prepared = prepare(model)
-    use_graphs(prepared.model, played)
+    prepared.use_graphs(played)
     for _ in range(3):
         inputs = images(SIZES[0], SIZES[2])
         expected = run(model, inputs)
@@ -178,7 +152,7 @@ def test_no_proposal(played):
     model = nano()
     model.proposal_generator.min_box_size = 1e4
     prepared = prepare(model)
-    use_graphs(prepared.model, played)
+    prepared.use_graphs(played)
     for _ in range(3):
         found = prepared(images(*SIZES))
         assert [len(f["instances"]) for f in found] == [0, 0, 0]
@@ -188,7 +162,7 @@ def test_no_proposal(played):
 def test_without_masks(played):
     model = nano(mask_heads=None)
     prepared = prepare(model)
-    use_graphs(prepared.model, played)
+    prepared.use_graphs(played)
     for _ in range(3):
         inputs = images(*SIZES)
         for f, e in zip(prepared(inputs), run(model, inputs)):
@@ -241,7 +215,7 @@ def test_a_model_that_is_not_known_runs_as_it_is(played):
 
     model = Own()
     prepared = prepare(model, dtype="bf16")
-    use_graphs(prepared.model, played)
+    prepared.use_graphs(played)
     assert prepared.model.conv.weight.dtype == torch.float32
     inputs = images(*SIZES)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -264,7 +238,7 @@ def test_on_a_gpu_it_finds_the_same(fuse, monkeypatch):
     model = nano("cuda")
     prepared = prepare(model, fuse=fuse)
     compare_over_sizes(model, prepared, assert_same)
-    assert prepared.graphs.captures == ALL_GRAPHS
+    assert prepared.captures == ALL_GRAPHS
 
 
 def assert_alike(found, expected):
@@ -289,7 +263,7 @@ def test_so_it_does_in_half_precision(dtype):
     plain = prepare(model, fuse=False, cuda_graphs=False, dtype=dtype)
     prepared = prepare(model, dtype=dtype)
     compare_over_sizes(plain, prepared, assert_alike)
-    assert prepared.graphs.captures == ALL_GRAPHS
+    assert prepared.captures == ALL_GRAPHS
 
 
 @pytest.mark.cuda
@@ -301,7 +275,7 @@ def test_its_memory_goes_with_it():
         prepared = prepare(model)
         for _ in range(3):
             prepared(inputs)
-        assert prepared.graphs.captures
+        assert prepared.captures
         del prepared
         left.append(torch.cuda.memory_allocated())
     assert left[1] <= left[0]

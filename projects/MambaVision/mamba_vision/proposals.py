@@ -74,8 +74,8 @@ def _pad_levels(x: Tensor, level_sizes: Sequence[int], filler: float) -> Tensor:
     return padded
 
 
-def to_device(numbers: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:
-    """Numbers as a tensor of float32; the CPU goes on while they are copied."""
+def to_device(numbers: Sequence, device: torch.device) -> Tensor:
+    """Numbers, however nested, as a tensor of float32; the CPU goes on while they are copied."""
     tensor = torch.tensor(numbers, dtype=torch.float32)
     if device.type == "cuda":
         tensor = tensor.pin_memory()

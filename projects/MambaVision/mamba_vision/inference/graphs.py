@@ -1,12 +1,10 @@
-"""CUDA graphs: the kernels of a function recorded once, and launched again as one.
+"""Functions of tensors, called as CUDA graphs.
 
-A graph is bound to the addresses that it was recorded with. Inputs are therefore copied to where
-it reads them, and what it computes lies where it lay the last time.
+Inputs are copied to where a graph reads them, and what it computes lies where it lay the last time.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import weakref
 from collections import OrderedDict
@@ -17,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from ..recorder import CudaRecorder, Record, Run
+
 __all__ = ["Graphed", "Graphs"]
 
 logger = logging.getLogger(__name__)
 
-Run = Callable[[], None]
-Record = Callable[[Run], Run]  # from a function to one that does the same again, only faster
 _ALIGNMENT = 256  # bytes, as the allocator's
 
 
@@ -47,7 +45,7 @@ class Graphs:
         self.device = device
         self.limit = limit
         if record is None and device.type == "cuda":
-            record = _CudaRecorder(device)
+            record = CudaRecorder(device)
         self._record = record
         self._addresses: set[int] = set()
 
@@ -161,7 +159,7 @@ class Graphed:
 
         assert self._record is not None
         try:
-            replay = self._record(run)
+            (replay,) = self._record(run)
         except RuntimeError as error:
             reason = str(error).split("\n", 1)[0]
             logger.warning("No CUDA graph of a part of the model, which stays slower: %s", reason)
@@ -242,42 +240,6 @@ class _Arena:
             numbers = self._memory[start:end].view(like.dtype)
             placed.append(numbers.as_strided(like.shape, like.stride()))
         return placed
-
-
-class _CudaRecorder:
-    """Records CUDA graphs that share their memory, which holds as they never run at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = _stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, run: Run) -> Run:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device):
-            current = torch.cuda.current_stream()
-            self._stream.wait_stream(current)
-            try:
-                with torch.cuda.stream(self._stream):
-                    run()  # whatever is chosen, compiled or allocated at first
-                    with torch.cuda.graph(
-                        graph,
-                        pool=self._pool,
-                        stream=self._stream,
-                        capture_error_mode="thread_local",  # other threads may pin memory
-                    ):
-                        run()
-            except RuntimeError:
-                self._pool = torch.cuda.graph_pool_handle()  # a failed recording spoils its own
-                raise
-            current.wait_stream(self._stream)
-        return graph.replay
-
-
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The one to record on: libraries keep a workspace for every stream that they ever saw."""
-    return torch.cuda.Stream(device)
 
 
 def _autocast(kind: str) -> torch.dtype | None:

@@ -1,36 +1,28 @@
-"""A detector as it is to be used: a copy that computes the same in less time.
-
-Shape legend: N images; R_i RoIs of image i.
-"""
+"""A detector as it is to be used: a copy that computes the same in less time."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import detectron2.layers
 import torch
 from detectron2.modeling import FPN, GeneralizedRCNN
-from torch import Tensor, nn
+from torch import nn
 
 from ..backbone import MambaVision
 from ..backbone.mixer import MambaVisionMixer
 from ..precision import autocast, precision
 from ..proposal_generator import RPN, AnchorGenerator
 from ..roi_heads import ClassSpecificCascadeROIHeads, ROIPooler
+from .detector import GraphedDetector
 from .fuse import fuse as fold_norms
 from .graphs import Graphs
 
 __all__ = ["Prepared", "prepare"]
 
-PROPOSALS = 1000  # that an image's are padded to, where none of Detectron2's RPNs tells how many
-FEW = 16  # detections: images with no more than these have smaller graphs of their own
 CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, detectron2.layers.Conv2d)
-
-Rois = tuple[Tensor, ...]  # what is known of one image's RoIs, R_i rows each
 
 
 def prepare(
@@ -52,9 +44,9 @@ def prepare(
             weights of convolutions and linear layers, which autocast would cast at every call, are
             cast now. None leaves precision to the caller.
         fuse: fold batch norms into convolutions (:func:`~mamba_vision.inference.fuse`).
-        cuda_graphs: on a GPU, launch the kernels of the backbone, of the proposal generator up to
-            non-maximum suppression, of the cascade and of the mask heads as CUDA graphs. They are
-            recorded when an image of some padded size is met for the second time.
+        cuda_graphs: on a GPU, launch the kernels of the backbone, those from there to the
+            detections, and those of the mask heads as CUDA graphs. They are recorded when an image
+            of some padded size is met for the second time.
 
     Returns:
         A module in eval mode, for one thread.
@@ -70,15 +62,15 @@ def prepare(
     model = copy.deepcopy(model).eval().requires_grad_(False)
     if fuse:
         fold_norms(model)
-    for part in _known_parts(model):
+    for part in filter(None, _known_parts(model)):
         # The maps are so in memory; else a convolution's weights would be turned at every call.
         part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if dtype:
             _cast_weights(part, precision(dtype, key))
-    graphs = Graphs(tensor.device)
+    prepared = Prepared(model, context)
     if cuda_graphs and tensor.device.type == "cuda":
-        use_graphs(model, graphs)
-    return Prepared(model, context, graphs)
+        prepared.use_graphs(Graphs(tensor.device))
+    return prepared
 
 
 class Prepared(nn.Module):
@@ -86,15 +78,34 @@ class Prepared(nn.Module):
 
     Attributes:
         model: the copy. Parts of it that are graphs give tensors that the next call overwrites.
-        graphs: its CUDA graphs, which counts them.
+        captures: how many CUDA graphs were recorded so far.
     """
 
-    def __init__(self, model: nn.Module, context: AbstractContextManager, graphs: Graphs) -> None:
+    def __init__(self, model: nn.Module, context: AbstractContextManager) -> None:
         super().__init__()
         self.model = model
-        self.graphs = graphs
         self._context = context
+        self._graphs: Graphs | None = None
+        self._detector: GraphedDetector | None = None
         super().train(False)
+
+    @property
+    def captures(self) -> int:
+        return self._graphs.captures if self._graphs else 0
+
+    def use_graphs(self, graphs: Graphs) -> None:
+        """Let those parts of the model that are known to allow it run as graphs."""
+        self._graphs = graphs
+        backbone, rpn, heads = _known_parts(self.model)
+        if backbone is not None:
+            graphs.install(backbone, "forward")
+        # Detectron2's anchors are copied from the CPU, for which it waits.
+        if rpn is None or not isinstance(rpn.anchor_generator, AnchorGenerator):
+            return
+        if heads is not None and _have_own_poolers(heads):
+            self._detector = GraphedDetector(self.model, graphs)
+        else:
+            graphs.install(rpn, "candidates")
 
     def train(self, mode: bool = True) -> Prepared:
         """Do nothing: what it was made for is inference."""
@@ -104,38 +115,13 @@ class Prepared(nn.Module):
         """See :meth:`detectron2.modeling.GeneralizedRCNN.forward`, in eval mode."""
         # Tensors of the inference mode could not be written to when a later call is made outside.
         with torch.inference_mode(False), torch.no_grad(), self._context:
-            return self.model(inputs)
+            return self.model(inputs) if self._detector is None else self._detector(inputs)
 
 
-def use_graphs(model: nn.Module, graphs: Graphs) -> None:
-    """Let those parts of a detector that are known to allow it run as graphs."""
-    for part in _known_parts(model):
-        if isinstance(part, RPN):
-            # Detectron2's anchors are copied from the CPU, for which it waits.
-            if isinstance(part.anchor_generator, AnchorGenerator):
-                graphs.install(part, "candidates")
-        elif isinstance(part, ClassSpecificCascadeROIHeads):
-            counts = getattr(model.proposal_generator, "post_nms_topk", {False: PROPOSALS})
-            _use_graphs_for_rois(part, graphs, counts[False])
-        else:
-            graphs.install(part, "forward")
-
-
-def _use_graphs_for_rois(
-    heads: ClassSpecificCascadeROIHeads, graphs: Graphs, proposals: int
-) -> None:
-    # Detectron2's pooler waits for the device at every level, which no graph can do.
-    if isinstance(heads.box_pooler, ROIPooler):
-        graphs.install(heads, "run_cascade", partial(_Padded, counts=(proposals,)))
-    if heads.mask_on and isinstance(heads.mask_pooler, ROIPooler):
-        most = max(heads.box_predictor[-1].test_topk_per_image, FEW)
-        graphs.install(heads, "run_masks", partial(_Padded, counts=(FEW, most)))
-
-
-def _known_parts(model: nn.Module) -> list[nn.Module]:
-    """Those of a detector's three parts that are this package's."""
+def _known_parts(model: nn.Module) -> list[Any]:
+    """A detector's backbone, RPN and heads; None for those that are not this package's."""
     if type(model) is not GeneralizedRCNN:
-        return []
+        return [None, None, None]
     parts: list[Any] = [model.backbone, model.proposal_generator, model.roi_heads]
     backbone, rpn, heads = parts
     bottom_up = backbone.bottom_up if type(backbone) is FPN else backbone
@@ -144,7 +130,13 @@ def _known_parts(model: nn.Module) -> list[nn.Module]:
         type(rpn) is RPN,
         type(heads) is ClassSpecificCascadeROIHeads,
     )
-    return [part for part, is_known in zip(parts, known) if is_known]
+    return [part if is_known else None for part, is_known in zip(parts, known)]
+
+
+def _have_own_poolers(heads: ClassSpecificCascadeROIHeads) -> bool:
+    """Whether the poolers are this package's; Detectron2's waits for the device at every level."""
+    poolers = [heads.box_pooler, *([heads.mask_pooler] if heads.mask_on else [])]
+    return all(isinstance(pooler, ROIPooler) for pooler in poolers)
 
 
 def _cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
@@ -157,34 +149,3 @@ def _cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
         if type(layer) in CAST:
             for parameter in set(layer.parameters(recurse=False)) - kept:
                 parameter.data = parameter.data.to(dtype)
-
-
-class _Padded:
-    """A function of RoIs, called with one of a few numbers of them; the rest are zeros.
-
-    Args:
-        function: of feature maps and of N images' RoIs; gives tensors with a row for each of them.
-            No row may depend on another.
-        counts: ascending; of more than the last there are as many as the most of an image's.
-    """
-
-    def __init__(
-        self, function: Callable[[list[Tensor], list[Rois]], list[Rois]], counts: Sequence[int]
-    ) -> None:
-        self._function = function
-        self._counts = counts
-
-    def __call__(self, features: list[Tensor], rois: list[Rois]) -> list[Rois]:
-        """The function's results without the rows of the padding, in memory of their own."""
-        lengths = [len(of_image[0]) for of_image in rois]
-        most = max(lengths)
-        count = next((c for c in self._counts if c >= most), most)
-        padded = [tuple(_pad(x, count) for x in of_image) for of_image in rois]
-        found = self._function(features, padded)
-        return [
-            tuple(x[:length].clone() for x in of_image) for of_image, length in zip(found, lengths)
-        ]
-
-
-def _pad(x: Tensor, count: int) -> Tensor:
-    return torch.cat([x, x.new_zeros(count - len(x), *x.shape[1:])])
