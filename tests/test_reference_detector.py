@@ -18,7 +18,8 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from torchvision.ops import box_iou
 
 from mamba_vision import MambaVisionCheckpointer, model_zoo
-from mamba_vision.inference import prepare
+from mamba_vision.benchmarks.timing import exact
+from mamba_vision.inference import Graphs, prepare
 from mamba_vision.roi_heads.cascade import StageMaskHeads
 
 COPY = Path(__file__).parent / "data/reference_detector"
@@ -44,13 +45,18 @@ def build(folder, **backbone):
     return model
 
 
-@torch.no_grad()
-def run(model, folder):
-    """What a detector makes of a folder's images in one batch, in the form of expected.pt."""
-    inputs = [
+def load_inputs(folder):
+    """A folder's images, which make one batch."""
+    return [
         {"image": image, "height": image.shape[1], "width": image.shape[2]}
         for image in torch.load(folder / "images.pt", weights_only=True)
     ]
+
+
+@torch.no_grad()
+def run(model, folder):
+    """What a detector makes of a folder's images, in the form of expected.pt."""
+    inputs = load_inputs(folder)
     images = model.preprocess_image(inputs)
     backbone = model.backbone.bottom_up(images.tensor)
     fpn = model.backbone(images.tensor)
@@ -76,15 +82,19 @@ def run(model, folder):
             for p in proposals
         ],
         "detections": [
-            {
-                "boxes": d["instances"].pred_boxes.tensor.float().cpu(),
-                "scores": d["instances"].scores.float().cpu(),
-                "labels": d["instances"].pred_classes.cpu(),
-                "masks": d["instances"].pred_masks.cpu(),
-                "undecided": possible & ~sure,
-            }
+            {**described(d["instances"]), "undecided": possible & ~sure}
             for d, (sure, possible) in zip(detections, bounds, strict=True)
         ],
+    }
+
+
+def described(found):
+    """One image's detections in the form of expected.pt."""
+    return {
+        "boxes": found.pred_boxes.tensor.float().cpu(),
+        "scores": found.scores.float().cpu(),
+        "labels": found.pred_classes.cpu(),
+        "masks": found.pred_masks.cpu(),
     }
 
 
@@ -153,10 +163,10 @@ def load_expected(folder):
 
 
 @pytest.fixture
-def exact_float32(monkeypatch):
+def exact_float32():
     """Keep TensorFloat-32 out of the products of a GPU."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with exact():
+        yield
 
 
 def test_same_as_mmdetection():
@@ -176,13 +186,19 @@ def test_prepared_for_inference_it_is_the_same():
     assert deviations(run(model, FOLDER), load_expected(FOLDER)) == []
 
 
-@pytest.mark.cuda
 @pytest.mark.usefixtures("exact_float32")
-def test_so_it_is_when_its_graphs_are_replayed():
-    prepared = prepare(build(FOLDER).cuda())
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_so_it_is_when_its_graphs_are_replayed(device):
+    prepared = prepare(build(FOLDER).to(device))
+    if device == "cpu":
+        prepared.use_graphs(Graphs(torch.device("cpu"), record=lambda *runs: runs))
     for _ in range(4):
-        assert deviations(run(prepared.model, FOLDER), load_expected(FOLDER)) == []
-    assert prepared.graphs.captures == 4  # backbone, proposals, cascade and masks
+        found = prepared(load_inputs(FOLDER))
+    assert prepared.graphs.captures == 3  # backbone, detections and masks
+    actual = run(prepared.model, FOLDER)
+    for detections, replayed in zip(actual["detections"], found, strict=True):
+        detections.update(described(replayed["instances"]))
+    assert deviations(actual, load_expected(FOLDER)) == []
 
 
 # Half precision moves the maps by a few of its own roundings (2**-11 and 2**-8). The heads'

@@ -5,6 +5,11 @@ import copy
 import pytest
 import torch
 from detectron2.config import instantiate
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import box_iou
@@ -16,12 +21,13 @@ NANO = "cascade_mask_rcnn_mamba_vision_nano_shapes"
 SIZES = [(90, 130), (130, 90), (64, 64)]
 
 
-def nano(device="cpu", **roi_heads):
+def nano(device="cpu", edit=lambda config: None, **roi_heads):
     """The nano detector, with weights and statistics that find something in noise."""
     config = model_zoo.get_config(NANO).model
     for predictor in config.roi_heads.box_predictors:
         predictor.update(test_score_thresh=0.15, test_topk_per_image=30)
     config.roi_heads.update(roi_heads)
+    edit(config)
     model = instantiate(config).eval()
     for norm in model.modules():
         if isinstance(norm, _BatchNorm):
@@ -172,6 +178,58 @@ def test_without_masks(played):
             )
 
 
+def replace_pooler(config):
+    config.roi_heads.box_pooler._target_ = ROIPooler
+
+
+def replace_anchors(config):
+    config.proposal_generator.anchor_generator._target_ = DefaultAnchorGenerator
+
+
+def replace_rpn(config):
+    config.proposal_generator._target_ = RPN
+
+
+@pytest.mark.parametrize(
+    ("replace", "graphs"),
+    [(replace_pooler, 2), (replace_anchors, 1), (replace_rpn, 1)],  # backbone, proposals
+)
+def test_parts_that_would_wait_for_a_gpu_run_as_they_are(played, replace, graphs):
+    model = nano(edit=replace)
+    prepared = prepare(model)
+    prepared.use_graphs(played)
+    for _ in range(3):
+        inputs = images(SIZES[0])
+        assert_same(prepared(inputs), run(model, inputs))
+    assert played.captures == graphs
+
+
+def test_boxes_that_are_empty_when_rescaled_are_dropped_as_detectron2_does(played):
+    model = nano(mask_heads=None)
+    tiny = 1e-45  # the least number, of which half is none
+    boxes = torch.tensor(
+        [[4.0, 6, 30, 50], [9, 9, 9, 40], [0, 3, 64, 3], [0, 0, 64, tiny], [20, 8, 70, 90], [0] * 4]
+    )
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, -torch.inf])
+    classes = torch.arange(6) % 3
+    inputs = [{"image": torch.zeros(3, 64, 64), "height": 32, "width": 200}]
+    raw = Instances(
+        (64, 64), pred_boxes=Boxes(boxes[:5].clone()), scores=scores[:5], pred_classes=classes[:5]
+    )
+    expected = detector_postprocess(raw, 32, 200)
+    assert expected.scores.tolist() == scores[[0, 4]].tolist()
+    prepared = prepare(model)
+    found = boxes[None], scores[None], classes[None], torch.tensor([5])
+    prepared.model.roi_heads.detect = lambda *args: found
+    prepared.use_graphs(played)
+    for _ in range(3):
+        same = prepared(inputs)[0]["instances"]
+        assert same.image_size == (32, 200)
+        torch.testing.assert_close(same.pred_boxes.tensor, expected.pred_boxes.tensor)
+        assert torch.equal(same.scores, expected.scores)
+        assert torch.equal(same.pred_classes, expected.pred_classes)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bf16", "fp16"])
 def test_cast_weights_give_what_autocast_gives(dtype):
     """Exactly: they are rounded before instead of in every call."""
@@ -238,7 +296,7 @@ def test_on_a_gpu_it_finds_the_same(fuse, monkeypatch):
     model = nano("cuda")
     prepared = prepare(model, fuse=fuse)
     compare_over_sizes(model, prepared, assert_same)
-    assert prepared.captures == ALL_GRAPHS
+    assert prepared.graphs.captures == ALL_GRAPHS
 
 
 def assert_alike(found, expected):
@@ -263,7 +321,7 @@ def test_so_it_does_in_half_precision(dtype):
     plain = prepare(model, fuse=False, cuda_graphs=False, dtype=dtype)
     prepared = prepare(model, dtype=dtype)
     compare_over_sizes(plain, prepared, assert_alike)
-    assert prepared.captures == ALL_GRAPHS
+    assert prepared.graphs.captures == ALL_GRAPHS
 
 
 @pytest.mark.cuda
@@ -275,7 +333,7 @@ def test_its_memory_goes_with_it():
         prepared = prepare(model)
         for _ in range(3):
             prepared(inputs)
-        assert prepared.captures
+        assert prepared.graphs.captures
         del prepared
         left.append(torch.cuda.memory_allocated())
     assert left[1] <= left[0]

@@ -45,8 +45,8 @@ class GraphedDetector:
         ]
         sizes = to_device(list(zip(images.image_sizes, wanted)), images.tensor.device)
         features = model.backbone(images.tensor)
-        boxes, *found, counts = self.find(features, sizes)
-        counts = counts.tolist()
+        boxes, *found, lengths = self.find(features, sizes)
+        counts = lengths.tolist()
         masks = None
         if heads.mask_on:
             most = FEW if max(counts) <= FEW else boxes.shape[1]

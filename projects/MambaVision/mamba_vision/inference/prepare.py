@@ -64,7 +64,7 @@ def prepare(
         fold_norms(model)
     for part in filter(None, _known_parts(model)):
         # The maps are so in memory; else a convolution's weights would be turned at every call.
-        part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        part.to(memory_format=torch.channels_last)
         if dtype:
             _cast_weights(part, precision(dtype, key))
     prepared = Prepared(model, context)
@@ -78,24 +78,20 @@ class Prepared(nn.Module):
 
     Attributes:
         model: the copy. Parts of it that are graphs give tensors that the next call overwrites.
-        captures: how many CUDA graphs were recorded so far.
+        graphs: its CUDA graphs, which counts them; None if it has none.
     """
 
     def __init__(self, model: nn.Module, context: AbstractContextManager) -> None:
         super().__init__()
         self.model = model
         self._context = context
-        self._graphs: Graphs | None = None
+        self.graphs: Graphs | None = None
         self._detector: GraphedDetector | None = None
         super().train(False)
 
-    @property
-    def captures(self) -> int:
-        return self._graphs.captures if self._graphs else 0
-
     def use_graphs(self, graphs: Graphs) -> None:
         """Let those parts of the model that are known to allow it run as graphs."""
-        self._graphs = graphs
+        self.graphs = graphs
         backbone, rpn, heads = _known_parts(self.model)
         if backbone is not None:
             graphs.install(backbone, "forward")

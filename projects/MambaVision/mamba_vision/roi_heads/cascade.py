@@ -242,13 +242,12 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
         """Detections of N images at test time; see :meth:`detect`."""
         given = [p.proposal_boxes.tensor for p in proposals]
         sizes = [p.image_size for p in proposals]
-        found = self.detect(
+        *found, counts = self.detect(
             features,
             pad_sequence(given, batch_first=True),
             to_device([len(boxes) for boxes in given], given[0].device),
             to_device(sizes, given[0].device),
         )
-        *found, counts = found
         return [
             Instances(
                 size, pred_boxes=Boxes(boxes[:n]), scores=scores[:n], pred_classes=classes[:n]
