@@ -41,6 +41,13 @@ def test_counts_what_is_called_within_the_span():
     assert _counts(seen) == [2, 1, 1]
 
 
+def test_of_a_real_profile(tables):
+    print_profile("a sum", lambda: torch.ones(3).sum(), "cpu")
+    ((row,),) = tables()
+    counts = "kernel launches", "graph launches", "synchronizations", "GPU busy ms"
+    assert [row[column] for column in ("per call", *counts)] == ["a sum", "0", "0", "0", "-"]
+
+
 @pytest.mark.cuda
 def test_on_a_gpu(tables):
     x = torch.zeros(8, device="cuda")

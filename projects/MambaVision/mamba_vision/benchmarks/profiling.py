@@ -47,7 +47,7 @@ def print_profile(title: str, function: Callable[[], object], device: str) -> No
 
 def _counts(seen: profile) -> list[int]:
     """How often what is ``COUNTED`` was called before the span ended: the profiler waits, too."""
-    events = [e for e in seen.events() or () if e.device_type is DeviceType.CPU]
+    events = [e for e in seen.events() or () if e.device_type == DeviceType.CPU]
     end = max(event.time_range.end for event in events if event.name == SPAN)
     names = [event.name for event in events if event.time_range.start < end]
     return [sum(part in name for name in names) for part in COUNTED.values()]
@@ -58,7 +58,7 @@ def busy_seconds(seen: profile) -> float:
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in seen.events() or ()
-        if event.device_type is DeviceType.CUDA and not event.is_user_annotation
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     )
     covered = last = 0.0
     for start, end in spans:

@@ -124,20 +124,24 @@ class Memory:
     def __init__(self, device: str) -> None:
         self._cuda = device == "cuda"
         if self._cuda:
-            gc.collect()
-            torch.cuda.empty_cache()
+            _release()
             self._before = torch.cuda.memory_allocated() + _kept_by_graphs()
 
     def peak(self, function: Callable[[], object]) -> str:
         """A cell: the peak in a call of a function that is warm, in MiB; "-" on a CPU."""
         if not self._cuda:
             return "-"
-        torch.cuda.synchronize()
+        _release()
         torch.cuda.reset_peak_memory_stats()
         function()
-        torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() + _kept_by_graphs()
         return f"{(peak - self._before) / 2**20:.0f}"
+
+
+def _release() -> None:
+    """Give back what nothing needs any more, such as the memory of graphs that are gone."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _kept_by_graphs() -> int:
