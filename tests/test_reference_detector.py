@@ -231,7 +231,7 @@ def test_near_mmdetection_in_half_precision(device, dtype, maps, found):
 def average_softmaxes(model):
     """As Detectron2's cascade does, in place of one softmax of the average."""
     heads, last = model.roi_heads, model.roi_heads.box_predictor[-1]
-    predict, softmaxes = heads._predict, []
+    predict, inference, softmaxes = heads._predict, last.inference, []
 
     def record(*args):
         logits, deltas = predict(*args)
@@ -239,9 +239,9 @@ def average_softmaxes(model):
         return logits, deltas
 
     def average(predictions, proposals):
-        return torch.stack(softmaxes).mean(dim=0).split([len(p) for p in proposals])
+        return inference((torch.stack(softmaxes).mean(dim=0).log(), predictions[1]), proposals)
 
-    heads._predict, last.predict_probs = record, average
+    heads._predict, last.inference = record, average
 
 
 def one_mask_head(model):

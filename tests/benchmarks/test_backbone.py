@@ -7,35 +7,40 @@ from mamba_vision.benchmarks import backbone
 from mamba_vision.errors import UserError
 
 
-def test_table(run, tables):
+def test_tables(run, tables):
     assert run(backbone, "--dtype", "bf16", "--window-padding", "full", "fit") == 0
-    ((first, *others),) = tables()
-    assert (first["row"], first["padding"]) == ("plain", "full")
-    assert {row["padding"] for row in others} == {"full", "fit"}
-    assert others[-1]["row"].startswith("all (+ ")
-    for row in (first, *others):
-        assert float(row["forward ms"]) > 0
-        assert 0 < float(row["error"]) < 0.1
-        assert row["memory MiB"] == "-"
-    assert float(first["forward and backward ms"]) > 0
-    assert 0 < float(first["of gradients"]) < 0.3
-    assert first["speed"] == "1.00 x"
+    forward, both = tables()
+    for rows, column in ((forward, "forward ms"), (both, "forward and backward ms")):
+        assert [rows[0][c] for c in ("row", "padding", "speed")] == ["plain", "full", "1.00 x"]
+        assert {row["padding"] for row in rows} == {"full", "fit"}
+        assert rows[-1]["row"].startswith("all (+ ")
+        assert all(float(row[column]) > 0 for row in rows)
+        assert {row["memory MiB"] for row in rows} == {"-"}
+    assert all(0 < float(row["error"]) < 0.1 for row in forward)
+    assert all(0 < float(row["error of gradients"]) < 0.3 for row in both)
+
+
+def test_plain_and_all_are_in_both_tables(run, tables):
+    assert run(backbone, "--only", "plain", "all") == 0
+    for rows in tables():
+        plain, everything = rows
+        assert plain["row"] == "plain"
+        assert everything["row"].startswith("all (+ ")
 
 
 def test_a_right_switch_passes(run, tables, switches, right):
     switches(right)
     assert run(backbone) == 0
-    ((plain, row),) = tables()
-    assert row["row"] == "all (+ right)"
+    (plain, row), (_, both) = tables()
+    assert row["row"] == both["row"] == "all (+ right)"
     assert float(row["error"]) == float(plain["error"]) == 0
-    assert float(row["of gradients"]) == 0
+    assert float(both["error of gradients"]) == 0
 
 
 def test_a_wrong_row_fails(run, tables, switches, wrong):
     switches(wrong)
     assert run(backbone, "--forward-only") == 1
     ((plain, row),) = tables()
-    assert row["forward and backward ms"] == row["of gradients"] == "-"
     assert "WRONG" not in plain["error"]
     assert row["error"].endswith(" WRONG")
 
@@ -51,10 +56,11 @@ def test_wrong_gradients_fail(run, tables, switches, right, monkeypatch):
 
     monkeypatch.setattr(backbone._Step, "gradients", spoiled)
     assert run(backbone) == 1
-    ((plain, row),) = tables()
-    assert float(row["of gradients"]) == pytest.approx(1e-3, rel=0.1)
-    assert row["error"].endswith(" WRONG")
-    assert "WRONG" not in plain["error"]
+    _, (plain, row) = tables()
+    error, word = row["error of gradients"].split()
+    assert float(error) == pytest.approx(1e-3, rel=0.1)
+    assert word == "WRONG"
+    assert "WRONG" not in plain["error of gradients"]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +100,6 @@ def test_no_gpu(run, monkeypatch):
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_on_a_gpu(run, tables, dtype):
     assert run(backbone, "--device", "cuda", "--dtype", dtype) == 0
-    (found,) = tables()
-    assert found[-1]["row"] == "all (+ cuda_graphs)"
-    assert all(float(row["memory MiB"]) > 0 for row in found)
+    for rows in tables():
+        assert rows[-1]["row"] == "all (+ cuda_graphs)"
+        assert all(float(row["memory MiB"]) > 0 for row in rows)

@@ -121,27 +121,20 @@ def test_evaluation_loop(run, tables, switches, toy):
     assert row["GPU busy"] == "-"
 
 
-def test_busy_time_counts_once_what_overlaps():
-    class Span:
-        def __init__(self, start, end):
-            self.start, self.end = start, end
-
-    class Event:
-        def __init__(self, start, end, device=loops.DeviceType.CUDA):
-            self.time_range, self.device_type = Span(start, end), device
-
-    class Profile:
-        def events(self):
-            on_cpu = Event(0, 1e9, loops.DeviceType.CPU)
-            return [Event(50, 60), Event(10, 30), Event(20, 40), Event(25, 35), on_cpu]
-
-    assert loops._covered(Profile()) == pytest.approx(40e-6)
-
-
 def test_an_unknown_data_set(run, switches):
     switches()
     with pytest.raises(UserError, match="nowhere"):
         run(detector, "--tasks", "--dataset", "nowhere")
+
+
+def test_profiles_are_of_all(run, tables, switches, right):
+    switches(right)
+    assert run(detector, "--tasks", "--profile") == 0
+    (image,), (step,) = tables()
+    assert image["per call"] == "an image of all (+ right), full"
+    assert step["per call"] == "a step of all (+ right), full"
+    for row in (image, step):
+        assert (row["kernel launches"], row["GPU busy ms"]) == ("0", "-")
 
 
 def test_training_on_the_loader(run, tables, switches, toy):
@@ -178,6 +171,7 @@ def test_on_a_gpu(run, tables, dtype):
     arguments = ["--device", "cuda", "--dtype", dtype, "--batch-sizes", "1", "2", "--varied", "3"]
     assert run(detector, *arguments) == 0
     evaluation, _, steps, varied = tables()
+    assert steps[-1]["row"] == "all (+ cuda_graphs)"
     assert evaluation[-1]["row"] == "all (+ cuda_graphs)"
     assert all(float(row["memory MiB"]) > 0 for row in (*evaluation, *steps))
     assert varied[0]["CUDA graphs"] == "0"

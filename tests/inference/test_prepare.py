@@ -1,6 +1,7 @@
 """A prepared detector finds what the model finds."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -186,13 +188,22 @@ def replace_anchors(config):
     config.proposal_generator.anchor_generator._target_ = DefaultAnchorGenerator
 
 
+def replace_predictor(config):
+    config.roi_heads.box_predictors[-1]._target_ = FastRCNNOutputLayers
+
+
 def replace_rpn(config):
     config.proposal_generator._target_ = RPN
 
 
 @pytest.mark.parametrize(
     ("replace", "graphs"),
-    [(replace_pooler, 2), (replace_anchors, 1), (replace_rpn, 1)],  # backbone, proposals
+    [
+        (replace_pooler, 2),  # of the backbone and the proposals
+        (replace_predictor, 2),
+        (replace_anchors, 1),
+        (replace_rpn, 1),
+    ],
 )
 def test_parts_that_would_wait_for_a_gpu_run_as_they_are(played, replace, graphs):
     model = nano(edit=replace)
@@ -219,7 +230,8 @@ def test_boxes_that_are_empty_when_rescaled_are_dropped_as_detectron2_does(playe
     expected = detector_postprocess(raw, 32, 200)
     assert expected.scores.tolist() == scores[[0, 4]].tolist()
     prepared = prepare(model)
-    found = boxes[None], scores[None], classes[None], torch.tensor([5])
+    rois = torch.arange(6)
+    found = boxes[None], scores[None], classes[None], rois[None], torch.tensor([5])
     prepared.model.roi_heads.detect = lambda *args: found
     prepared.use_graphs(played)
     for _ in range(3):
@@ -337,3 +349,21 @@ def test_its_memory_goes_with_it():
         del prepared
         left.append(torch.cuda.memory_allocated())
     assert left[1] <= left[0]
+
+
+@pytest.mark.cuda
+def test_it_waits_for_the_gpu_once():
+    """Besides Detectron2's upload of the images, which are there already."""
+    prepared = prepare(nano("cuda"))
+    inputs = [x | {"image": x["image"].cuda()} for x in images(*SIZES)]
+    for _ in range(3):
+        found = prepared(inputs)
+    assert sum(len(x["instances"]) for x in found) > 0
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            prepared(inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in waits if "synchroniz" in str(w.message)]) == 1

@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
+from detectron2.structures import Boxes, Instances
 from torch.testing import assert_close
 
 from mamba_vision.proposals import to_device
+from mamba_vision.roi_heads import ClassSpecificOutputLayers
 from mamba_vision.roi_heads.selection import select_detections
 
 SIZES = [(60, 90), (90, 50)]
@@ -39,16 +44,18 @@ def expect(boxes, scores, counts, most=100, threshold=THRESHOLD):
         threshold,
         0.5,
         most,
-    )[0]
+    )
 
 
 def assert_same(found, expected, width):
-    boxes, scores, classes, counts = (x.cpu() for x in found)
-    assert boxes.shape == (len(expected), width, 4)
-    assert scores.shape == classes.shape == (len(expected), width)
+    *found, counts = (x.cpu() for x in found)
+    expected, rois = expected
+    assert found[0].shape == (len(expected), width, 4)
+    assert all(x.shape == (len(expected), width) for x in found[1:])
     assert counts.tolist() == [len(e) for e in expected]
-    for boxes_i, scores_i, classes_i, e in zip(boxes, scores, classes, expected, strict=True):
+    for boxes_i, scores_i, classes_i, rois_i, e, r in zip(*found, expected, rois, strict=True):
         n = len(e)
+        assert_close(rois_i[:n], r, rtol=0, atol=0)
         assert_close(boxes_i[:n], e.pred_boxes.tensor, rtol=0, atol=0)
         assert_close(scores_i[:n], e.scores, rtol=0, atol=0)
         assert_close(classes_i[:n], e.pred_classes, rtol=0, atol=0)
@@ -69,7 +76,7 @@ def assert_same(found, expected, width):
 def test_they_are_detectron2s(images, counts, most, width, found):
     given = [x[:images] for x in boxes_and_scores(60)]
     expected = expect(*given, counts[:images], most)
-    assert len(expected[0]) >= found
+    assert len(expected[0][0]) >= found
     assert_same(select(*given, counts[:images], most), expected, width)
 
 
@@ -81,10 +88,9 @@ def test_none_is_found_above_the_threshold():
 
 
 def test_without_rois_there_is_room_for_nothing():
-    boxes, scores, classes, counts = select(*boxes_and_scores(0), (0, 0))
-    assert boxes.shape == (2, 0, 4)
-    assert scores.shape == classes.shape == (2, 0)
-    assert counts.tolist() == [0, 0]
+    found = select(*boxes_and_scores(0), (0, 0))
+    assert [x.shape for x in found] == [(2, 0, 4), (2, 0), (2, 0), (2, 0), (2,)]
+    assert found.counts.tolist() == [0, 0]
 
 
 def test_rois_whose_numbers_are_none_are_dropped():
@@ -93,19 +99,22 @@ def test_rois_whose_numbers_are_none_are_dropped():
     boxes[1, 4, 0, 0] = torch.inf
     scores[0, 5, CLASSES] = torch.nan
     scores[1, 6, 2] = torch.inf
-    expected = expect(boxes, scores, (30, 30))
+    expected, rois = expect(boxes, scores, (30, 30))
     assert min(len(e) for e in expected) > 10
-    assert_same(select(boxes, scores, (30, 30)), expected, 100)
+    left = [torch.tensor([i for i in range(30) if i not in gone]) for gone in ((3, 5), (4, 6))]
+    rois = [left_i[r] for left_i, r in zip(left, rois)]  # Detectron2 counts those left
+    assert_same(select(boxes, scores, (30, 30)), (expected, rois), 100)
 
 
 def test_equal_scores_come_by_class_and_roi():
     apart = torch.arange(3.0)[:, None] * 20 + torch.tensor([0.0, 0, 10, 10])
     boxes = apart[None, :, None].expand(1, 3, 2, 4)
     scores = torch.tensor([0.4, 0.4, 0.2]).expand(1, 3, 3)
-    found, _, classes, counts = select(boxes, scores, (3,), most=5)
-    assert counts.tolist() == [5]
-    assert classes.tolist() == [[0, 0, 0, 1, 1]]
-    assert_close(found[0], apart.clamp(max=60)[[0, 1, 2, 0, 1]])
+    found = select(boxes, scores, (3,), most=5)
+    assert found.counts.tolist() == [5]
+    assert found.classes.tolist() == [[0, 0, 0, 1, 1]]
+    assert found.rois.tolist() == [[0, 1, 2, 0, 1]]
+    assert_close(found.boxes[0], apart[[0, 1, 2, 0, 1]])
 
 
 @pytest.mark.cuda
@@ -119,3 +128,29 @@ def test_on_a_gpu_nothing_waits():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_same(found, expect(*given, (60, 25)), 100)
+
+
+@pytest.mark.parametrize("counts", [(30,), (30, 12), (0, 30), (0, 0)])
+def test_a_predictor_finds_what_detectron2s_finds(counts):
+    predictor = ClassSpecificOutputLayers(
+        ShapeSpec(channels=8),
+        box2box_transform=Box2BoxTransform((10, 10, 5, 5)),
+        num_classes=CLASSES,
+        test_score_thresh=THRESHOLD,
+        test_topk_per_image=20,
+    )
+    predictions = torch.randn(sum(counts), CLASSES + 1), torch.randn(sum(counts), 4 * CLASSES)
+    proposals = []
+    for size, count in zip(SIZES, counts):
+        corner = torch.rand(count, 2) * 50
+        boxes = torch.cat([corner, corner + 10 + torch.rand(count, 2) * 30], dim=1)
+        proposals.append(Instances(size, proposal_boxes=Boxes(boxes)))
+    found, rois = predictor.inference(predictions, proposals)
+    expected, expected_rois = FastRCNNOutputLayers.inference(predictor, predictions, proposals)
+    assert [len(e) > 0 for e in expected] == [count > 0 for count in counts]
+    for f, e, r, expected_r in zip(found, expected, rois, expected_rois, strict=True):
+        assert f.image_size == e.image_size
+        assert_close(f.pred_boxes.tensor, e.pred_boxes.tensor)
+        assert_close(f.scores, e.scores)
+        assert torch.equal(f.pred_classes, e.pred_classes)
+        assert torch.equal(r, expected_r)

@@ -5,18 +5,17 @@ measured by. Weights and images are random. First, the features of each row, and
 it has any, are compared with those of plain in float32: their distance over their length must be at
 most twice that of plain in the number format that is timed, and 1e-5 besides.
 
-In every round each row runs in turn. Times are medians over the rounds, ratios medians of the
-rounds' ratios. Evaluation finds the weights cast already, training casts them in every step. The
-memory is the peak over what was there before the row's weights.
+In every round each row and the first run in turn. Times are medians over the rounds, ratios medians
+of the rounds' ratios. Evaluation finds the weights cast already, training casts them in every step.
+The memory is the peak of a call over what was there before the row's weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from detectron2.config import instantiate
@@ -27,15 +26,17 @@ from ..inference import fuse
 from .inputs import calibrate
 from .options import add_options, positive, start
 from .rows import Row, build, make_rows
-from .timing import Memory, Table, captured, exact, milliseconds, ratio, seconds
+from .timing import Memory, Table, alternate, captured, exact, milliseconds, ratio
 
 __all__ = ["add_arguments", "run"]
 
 FLOOR = 1e-5  # of the error that is let pass, in float32
 SCALE = 1 / 16  # of the features' gradients, for float16's sake
-COLUMNS = (
-    *("row", "padding", "forward ms", "speed", "memory MiB"),
-    *("forward and backward ms", "speed", "memory MiB", "error", "of gradients"),
+WARM_UP = 3  # steps of training: CUDA graphs are recorded in the third
+COLUMNS = ("row", "padding", "forward ms", "speed", "memory MiB", "error")
+BOTH_COLUMNS = (
+    *("row", "padding", "forward and backward ms", "speed"),
+    *("memory MiB", "error of gradients"),
 )
 
 
@@ -48,121 +49,109 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--forward-only", action="store_true", help="leave training out")
 
 
-@dataclass
-class Entry:
-    """What was seen of one row; times in seconds, a number per round."""
-
-    row: Row
-    forward: Callable[[], object] = list
-    both: Callable[[], object] = list
-    error: float = 0.0
-    gradient_error: float | None = None
-    correct: bool = True
-    forward_memory: float | None = None
-    both_memory: float | None = None
-    forward_times: list[float] = field(default_factory=list)
-    both_times: list[float] = field(default_factory=list)
-
-
 def run(args: argparse.Namespace) -> int:
-    """Print the comparison as a table; return 1 if a row computed something wrong, else 0."""
+    """Print the comparisons as tables; return 1 if a row computed something wrong, else 0."""
     config, switches, dtype = start(args)
     of_backbone = [s for s in switches if s.of_backbone]
-    rows = make_rows(config, of_backbone, args.window_padding, args.only)
-    references = make_rows(config, of_backbone, args.window_padding, ["plain"])
-
+    plain = make_rows(config, of_backbone, args.window_padding, ["plain"])
     torch.manual_seed(0)
-    model = instantiate(references[0].float32.model.backbone.bottom_up).to(args.device).eval()
+    model = instantiate(plain[0].float32.model.backbone.bottom_up).to(args.device).eval()
     x = torch.randn(args.images, model.in_chans, *args.size, device=args.device)
     calibrate(model, lambda: model(x))
     state = model.state_dict()
-    entries = [Entry(row) for row in rows]
-    _forward(entries, references, state, x, dtype, args)
+    evaluated = [s for s in of_backbone if s.of_evaluation]
+    rows = make_rows(config, evaluated, args.window_padding, args.only)
+    correct = _forward(rows, plain, state, x, dtype, args)
     if not args.forward_only:
-        _backward(entries, references, state, x, dtype, args)
-
-    table = Table(COLUMNS)
-    for entry in entries:
-        first = entries[0]
-        table.add(
-            (
-                *entry.row.cells,
-                milliseconds(entry.forward_times),
-                ratio(first.forward_times, entry.forward_times),
-                "-" if entry.forward_memory is None else f"{entry.forward_memory:.0f}",
-                milliseconds(entry.both_times),
-                ratio(first.both_times, entry.both_times),
-                "-" if entry.both_memory is None else f"{entry.both_memory:.0f}",
-                f"{entry.error:.1e}" + ("" if entry.correct else " WRONG"),
-                "-" if entry.gradient_error is None else f"{entry.gradient_error:.1e}",
-            )
-        )
-    return 0 if all(entry.correct for entry in entries) else 1
+        trained = [s for s in of_backbone if s.of_training]
+        rows = make_rows(config, trained, args.window_padding, args.only)
+        correct &= _backward(rows, plain, state, x, dtype, args)
+    return 0 if correct else 1
 
 
 def _forward(
-    entries: list[Entry],
-    references: list[Row],
+    rows: Sequence[Row],
+    plain: Sequence[Row],
     state: dict[str, Tensor],
     x: Tensor,
     dtype: torch.dtype,
     args: argparse.Namespace,
-) -> None:
-    """Check and time the rows in evaluation."""
-    truths = {}
-    for reference in references:
+) -> bool:
+    """Check and time the rows in evaluation; returns whether all are right."""
+    truths, limits = {}, {}
+    for row in plain:
         with torch.no_grad(), exact():
-            truth = _model(reference, state, torch.float32, args.device)(x)
-        truths[reference.padding] = list(truth.values())
+            truth = _model(row, state, torch.float32, args.device)(x)
+        truths[row.padding] = list(truth.values())
+    table = Table(COLUMNS)
+    yardstick: Callable[[], object] | None = None
+    correct = True
     with torch.no_grad(), torch.autocast(args.device, dtype, enabled=dtype is not torch.float32):
-        limits = {}
-        for reference in references:
-            features = _model(reference, state, dtype, args.device)(x)
-            error = _worst(features.values(), truths[reference.padding])
-            limits[reference.padding] = 2 * error + FLOOR
-        for entry in entries:
+        for row in plain:
+            features = _model(row, state, dtype, args.device)(x)
+            limits[row.padding] = 2 * _worst(features.values(), truths[row.padding]) + FLOOR
+        for row in rows:
             memory = Memory(args.device)
-            entry.forward = _evaluated(entry.row, state, x, dtype, args.device)
-            features = entry.forward()
-            entry.forward_memory = memory.peak()
-            entry.error = _worst(features.values(), truths[entry.row.padding])
-            entry.correct &= entry.error <= limits[entry.row.padding]
-        for _ in range(args.rounds):
-            for entry in entries:
-                entry.forward_times.append(seconds(entry.forward, args.device))
-    for entry in entries:
-        del entry.forward
+            forward = _evaluated(row, state, x, dtype, args.device)
+            error = _worst(forward().values(), truths[row.padding])
+            is_right = error <= limits[row.padding]
+            correct &= is_right
+            used = memory.peak(forward)
+            yardstick = yardstick or forward
+            times, others = alternate(forward, yardstick, args.rounds, args.device)
+            table.add((*_cells(row, times, others, used), _error(error, is_right)))
+            del forward  # its memory is the next one's
+    return correct
 
 
 def _backward(
-    entries: list[Entry],
-    references: list[Row],
+    rows: Sequence[Row],
+    plain: Sequence[Row],
     state: dict[str, Tensor],
     x: Tensor,
     dtype: torch.dtype,
     args: argparse.Namespace,
-) -> None:
-    """Check and time the rows in training."""
-    entries = [entry for entry in entries if not entry.row.prepare]
+) -> bool:
+    """Check and time the rows in training; returns whether all are right."""
     truths, limits = {}, {}
-    for reference in references:
+    for row in plain:
         with exact():
-            step = _step(reference, state, x, torch.float32)
-            truths[reference.padding] = step.gradients()
-        error = _distance(_step(reference, state, x, dtype).gradients(), truths[reference.padding])
-        limits[reference.padding] = 2 * error + 10 * FLOOR
-    for entry in entries:
+            truths[row.padding] = _step(row, state, x, torch.float32).gradients()
+        error = _distance(_step(row, state, x, dtype).gradients(), truths[row.padding])
+        limits[row.padding] = 2 * error + 10 * FLOOR
+    table = Table(BOTH_COLUMNS)
+    yardstick: _Step | None = None
+    correct = True
+    for row in rows:
         memory = Memory(args.device)
-        step = _step(entry.row, state, x, dtype)
-        entry.both = step
-        step()
-        entry.both_memory = memory.peak()
-        error = _distance(step.gradients(), truths[entry.row.padding])
-        entry.gradient_error = error
-        entry.correct &= error <= limits[entry.row.padding]
-    for _ in range(args.rounds):
-        for entry in entries:
-            entry.both_times.append(seconds(entry.both, args.device))
+        step = _step(row, state, x, dtype)
+        for _ in range(_warm_up(args.device)):
+            error = _distance(step.gradients(), truths[row.padding])
+        is_right = error <= limits[row.padding]
+        correct &= is_right
+        for _ in range(_warm_up(args.device)):
+            step()
+        used = memory.peak(step)
+        yardstick = yardstick or step
+        times, others = alternate(step, yardstick, args.rounds, args.device)
+        table.add((*_cells(row, times, others, used), _error(error, is_right)))
+        del step  # its memory is the next one's
+    return correct
+
+
+def _warm_up(device: str) -> int:
+    """Steps until one is as all that follow."""
+    return WARM_UP if device == "cuda" else 1
+
+
+def _cells(
+    row: Row, times: Sequence[float], others: Sequence[float], memory: str
+) -> tuple[str, ...]:
+    return *row.cells, milliseconds(times), ratio(others, times), memory
+
+
+def _error(error: float, is_right: bool) -> str:
+    return f"{error:.1e}" + ("" if is_right else " WRONG")
 
 
 def _model(

@@ -9,12 +9,12 @@ a row may lose 2%. In the number format that is timed, 0.05, 0.8 and 0.7 will do
 twice what plain loses, and 5% besides; by rounding alone random weights lose many, most of all in
 bfloat16. In training a row's first loss may differ from plain's by 10%.
 
-In every round each row runs in turn. Times are medians over the rounds, ratios medians of the
-rounds' ratios; autocast surrounds all calls, as in an evaluation. An image is on the CPU at first,
-and its masks are pasted at the size of its file. "First" and "second" are the first calls of a row,
-of one image, and of one of another size; what is compiled or chosen once in a process is left to
-the row that comes first (--only). The memory is the peak over what was there before the row, for
-evaluation without the weights, which rows share.
+In every round each row and the first run in turn. Times are medians over the rounds, ratios medians
+of the rounds' ratios; autocast surrounds all calls, as in an evaluation. An image is on the CPU at
+first, and its masks are pasted at the size of its file. "First" and "second" are the first calls of
+a row, of one image, and of one of another size; what is compiled or chosen once in a process is
+left to the row that comes first (--only). The memory is the peak of a call over what was there
+before the row, for evaluation without the weights, which rows share.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from detectron2.structures import Instances
+from omegaconf import DictConfig
 from torch import nn
 
 from . import loops, training
 from .inputs import draw_images
 from .options import add_options, positive, start
-from .rows import Row, make_rows
+from .profiling import print_profile
+from .rows import Row, Switch, make_rows
 from .subject import ROUGH, Weights, detector, draw_weights, evaluate, lost
-from .timing import Memory, Table, exact, milliseconds, ratio, seconds, synchronize
+from .timing import Memory, Table, alternate, exact, milliseconds, ratio, seconds, synchronize
 
 __all__ = ["add_arguments", "run"]
 
@@ -59,37 +60,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-sizes", nargs="+", type=positive, default=[1, 2, 4, 8, 16], metavar="N"
     )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="also what the CPU and the GPU do in an image and in a training step of all",
+    )
     training.add_arguments(parser)
     loops.add_arguments(parser)
-
-
-@dataclass
-class Entry:
-    """What was seen of one row; times in seconds, a number per round."""
-
-    row: Row
-    model: nn.Module = field(default_factory=nn.Identity)
-    memory: float | None = None
-    first_calls: list[float] = field(default_factory=list)  # two of each of two sizes
-    latency: list[float] = field(default_factory=list)
-    throughput: dict[int, list[float]] = field(default_factory=dict)
-    exact_error: float = 0.0
-    error: float = 0.0
-    correct: bool = True
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the tables; return 1 if a row computed something wrong, else 0."""
     config, switches, dtype = start(args)
-    evaluated = [s for s in switches if not s.training and not s.loop]
+    evaluated = [s for s in switches if s.of_evaluation]
     rows = make_rows(config, evaluated, args.window_padding, args.only)
     plain = make_rows(config, evaluated, args.window_padding, ["plain"])
     weights = draw_weights(plain[0], args.size, args.device)
     correct = True
     if {"latency", "throughput"} & set(args.tasks):
-        correct &= _evaluation(rows, plain, weights, dtype, args)
+        correct &= _latency(rows, plain, weights, dtype, args)
+    if "throughput" in args.tasks:
+        _throughput(rows, weights, dtype, args)
     if "training" in args.tasks:
         correct &= training.compare(config, switches, weights, dtype, args)
+    if args.profile:
+        _profiles(config, switches, weights, dtype, args)
     if args.varied:
         loops.run_varied(rows, weights, dtype, args)
     if args.dataset:
@@ -99,102 +94,125 @@ def run(args: argparse.Namespace) -> int:
     return 0 if correct else 1
 
 
-def _evaluation(
+def _latency(
     rows: Sequence[Row],
     plain: Sequence[Row],
     weights: Weights,
     dtype: torch.dtype,
     args: argparse.Namespace,
 ) -> bool:
-    """Check the rows and time them in evaluation; returns whether all are right."""
+    """Check the rows and time them on one image; returns whether all are right."""
     images = draw_images(1, args.size)
-    entries = [Entry(row) for row in rows]
-    truths = {}
-    with exact():
-        for row in plain:
+    truths, limits = {}, {}
+    for row in plain:
+        with exact():
             model = detector(row, weights, torch.float32, args.device)
             truths[row.padding] = evaluate(model, images)
-        for entry in entries:
-            model = detector(entry.row, weights, torch.float32, args.device)
-            found = [evaluate(model, images) for _ in range(_calls(entry.row))]
-            entry.exact_error = lost(found[-1], truths[entry.row.padding])
-            entry.correct = entry.exact_error <= LOST
-            del model
-
-    with torch.autocast(args.device, dtype, enabled=dtype is not torch.float32):
-        limits = {}
-        for row in plain:
+        with _autocast(dtype, args):
             model = detector(row, weights, dtype, args.device)
             error = lost(evaluate(model, images), truths[row.padding], ROUGH)
-            limits[row.padding] = 2 * error + LOST_ROUGHLY
-        for entry in entries:
-            found = _first_calls(entry, images, weights, dtype, args)
-            entry.error = lost(found, truths[entry.row.padding], ROUGH)
-            entry.correct &= entry.error <= limits[entry.row.padding]
-        if "latency" in args.tasks:
-            for _ in range(args.rounds):
-                for entry in entries:
-                    call = partial(evaluate, entry.model, images)
-                    entry.latency.append(seconds(call, args.device))
-        for count in args.batch_sizes if "throughput" in args.tasks else ():
-            batch = draw_images(count, args.size)
-            for entry in entries:
-                for _ in range(_calls(entry.row)):
-                    evaluate(entry.model, batch)
-                entry.throughput[count] = []
-            for _ in range(args.rounds):
-                for entry in entries:
-                    call = partial(evaluate, entry.model, batch)
-                    entry.throughput[count].append(seconds(call, args.device))
-    _print(entries, args)
-    return all(entry.correct for entry in entries)
+        limits[row.padding] = 2 * error + LOST_ROUGHLY
+    del model
+
+    table = Table(COLUMNS)
+    yardstick: Callable[[], object] | None = None
+    correct = True
+    for row in rows:
+        with exact():
+            model = detector(row, weights, torch.float32, args.device)
+            exact_error = lost(_settled(row, model, images), truths[row.padding])
+        del model
+        with _autocast(dtype, args):
+            memory = Memory(args.device)
+            model = detector(row, weights, dtype, args.device)
+            first_calls = _first_calls(model, images, args)
+            error = lost(_settled(row, model, images), truths[row.padding], ROUGH)
+            call = partial(evaluate, model, images)
+            used = memory.peak(call)
+            yardstick = yardstick or call
+            rounds = args.rounds if "latency" in args.tasks else 0
+            times, others = alternate(call, yardstick, rounds, args.device)
+        is_right = exact_error <= LOST and error <= limits[row.padding]
+        correct &= is_right
+        table.add(
+            (
+                *row.cells,
+                milliseconds(times),
+                ratio(others, times),
+                *(milliseconds([first]) for first in first_calls),
+                used,
+                f"{exact_error:.1%}",
+                f"{error:.1%}" + ("" if is_right else " WRONG"),
+            )
+        )
+        del model, call  # their memory is the next row's
+    return correct
 
 
-def _calls(row: Row) -> int:
-    """How many calls it takes until a new size of image is met as all that follow are."""
-    return 3 if "cuda_graphs" in row.prepare else 1
+def _autocast(dtype: torch.dtype, args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast(args.device, dtype, enabled=dtype is not torch.float32)
+
+
+def _settled(row: Row, model: nn.Module, images: list[dict[str, Any]]) -> list[Instances]:
+    """Call a row's model until it does all that it does in later calls; returns what it found.
+
+    A part becomes a CUDA graph in its second call, and again when the one before it has become one.
+    """
+    for _ in range(5 if "cuda_graphs" in row.prepare else 0):
+        evaluate(model, images)
+    return evaluate(model, images)
 
 
 def _first_calls(
-    entry: Entry,
-    images: list[dict[str, Any]],
-    weights: Weights,
-    dtype: torch.dtype,
-    args: argparse.Namespace,
-) -> list[Instances]:
-    """Make the row's model and time its first calls; returns what it found in the images."""
+    model: nn.Module, images: list[dict[str, Any]], args: argparse.Namespace
+) -> list[float]:
+    """Seconds of the first two calls with images, and with one of another size."""
     height, width = args.size
-    memory = Memory(args.device)
-    entry.model = detector(entry.row, weights, dtype, args.device)
+    times = []
     for sample in (images, draw_images(1, (height + STEP, width))):
         for _ in range(2):
             synchronize(args.device)
             start = time.perf_counter()
-            evaluate(entry.model, sample)
+            evaluate(model, sample)
             synchronize(args.device)
-            entry.first_calls.append(time.perf_counter() - start)
-    found = evaluate(entry.model, images)
-    entry.memory = memory.peak()
-    return found
+            times.append(time.perf_counter() - start)
+    return times
 
 
-def _print(entries: Sequence[Entry], args: argparse.Namespace) -> None:
-    table = Table(COLUMNS)
-    for entry in entries:
-        table.add(
-            (
-                *entry.row.cells,
-                milliseconds(entry.latency),
-                ratio(entries[0].latency, entry.latency),
-                *(milliseconds([call]) for call in entry.first_calls),
-                "-" if entry.memory is None else f"{entry.memory:.0f}",
-                f"{entry.exact_error:.1%}",
-                f"{entry.error:.1%}" + ("" if entry.correct else " WRONG"),
-            )
-        )
-    if "throughput" not in args.tasks:
-        return
+def _throughput(
+    rows: Sequence[Row], weights: Weights, dtype: torch.dtype, args: argparse.Namespace
+) -> None:
     table = Table(["row", "padding", *(f"images/s, {n} at a time" for n in args.batch_sizes)])
-    for entry in entries:
-        speeds = (n / statistics.median(times) for n, times in entry.throughput.items())
-        table.add((*entry.row.cells, *(f"{speed:.1f}" for speed in speeds)))
+    for row in rows:
+        model = detector(row, weights, dtype, args.device)
+        speeds = []
+        with _autocast(dtype, args):
+            for count in args.batch_sizes:
+                images = draw_images(count, args.size)
+                _settled(row, model, images)
+                call = partial(evaluate, model, images)
+                times = [seconds(call, args.device) for _ in range(args.rounds)]
+                speeds.append(count / statistics.median(times))
+        table.add((*row.cells, *(f"{speed:.1f}" for speed in speeds)))
+        del model, call  # their memory is the next row's
+
+
+def _profiles(
+    config: DictConfig,
+    switches: Sequence[Switch],
+    weights: Weights,
+    dtype: torch.dtype,
+    args: argparse.Namespace,
+) -> None:
+    """Print what all does in an evaluation's image and in a training's step."""
+    images = draw_images(1, args.size)
+    evaluated = [s for s in switches if s.of_evaluation]
+    for row in make_rows(config, evaluated, args.window_padding, ["all"]):
+        with _autocast(dtype, args):
+            model = detector(row, weights, dtype, args.device)
+            _settled(row, model, images)
+            call = partial(evaluate, model, images)
+            print_profile(f"an image of {row.name}, {row.padding}", call, args.device)
+        del model, call
+    for title, step in training.warm_steps(config, switches, weights, dtype, args):
+        print_profile(title, step, args.device)

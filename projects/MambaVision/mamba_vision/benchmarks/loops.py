@@ -14,12 +14,12 @@ from detectron2.config import instantiate
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from omegaconf import DictConfig
 from torch import nn
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ..data import check_dataset
 from .inputs import draw_images
 from .options import positive
+from .profiling import busy_seconds
 from .rows import Row
 from .subject import Weights, detector, evaluate
 from .timing import Table, milliseconds, synchronize
@@ -27,8 +27,9 @@ from .timing import Table, milliseconds, synchronize
 __all__ = ["add_arguments", "run_dataset", "run_varied"]
 
 LONG = 1333 / 800  # the longest side of an image over its shortest, as they are resized
+PASSES = 4  # CUDA graphs are recorded in the second, and some again
 VARIED_COLUMNS = (
-    *("row", "padding", "sizes", "first pass ms", "slowest ms", "third pass ms"),
+    *("row", "padding", "sizes", "first pass ms", "slowest ms", "last pass ms"),
     *("CUDA graphs", "torch.compile", "Triton kernels", "memory MiB"),
 )
 LOOP_COLUMNS = (
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_varied(
     rows: Sequence[Row], weights: Weights, dtype: torch.dtype, args: argparse.Namespace
 ) -> None:
-    """Show three times each of ``args.varied`` sizes to the rows; print what was compiled."""
+    """Show ``PASSES`` times each of ``args.varied`` sizes to the rows; print what was compiled."""
     table = Table(VARIED_COLUMNS)
     sizes = varied_sizes(args.varied, min(args.size))
     for row in rows:
@@ -63,7 +64,7 @@ def run_varied(
             torch.autocast(args.device, dtype, enabled=dtype is not torch.float32),
         ):
             model = detector(row, weights, dtype, args.device)
-            passes = [_pass(model, sizes, args.device) for _ in range(3)]
+            passes = [_pass(model, sizes, args.device) for _ in range(PASSES)]
             counts = count()
         memory = "-"
         if args.device == "cuda":
@@ -76,7 +77,7 @@ def run_varied(
                 str(len(sizes)),
                 milliseconds(passes[0]),
                 milliseconds([max(passes[0])]),
-                milliseconds(passes[2]),
+                milliseconds(passes[-1]),
                 *counts,
                 memory,
             )
@@ -182,7 +183,7 @@ def run_dataset(
             again = _Loop(row.config, args.dataset, args.dataset_images)
             with profile(activities=[ProfilerActivity.CUDA]) as seen:
                 again.run(model, dtype, args.device)
-            busy = f"{_covered(seen) / loop.seconds:.0%}"
+            busy = f"{busy_seconds(seen) / loop.seconds:.0%}"
         images = len(loop)
         parts = (sum(loop.waits), loop.model_seconds, sum(loop.processing))
         table.add(
@@ -254,17 +255,3 @@ class _Loop(DatasetEvaluator):
         self.processing.append(time.perf_counter() - start)
         self.seconds += self.processing[-1]
         return {}
-
-
-def _covered(seen: profile) -> float:
-    """Seconds in which the GPU ran something, of a profile."""
-    spans = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in seen.events() or ()
-        if event.device_type is DeviceType.CUDA
-    )
-    covered = last = 0.0
-    for start, end in spans:
-        covered += max(0.0, end - max(start, last))
-        last = max(last, end)
-    return covered / 1e6

@@ -33,6 +33,14 @@ ANCHORS = (
     "mamba_vision.proposal_generator.AnchorGenerator",
 )
 MATCHERS = ("detectron2.modeling.matcher.Matcher", "mamba_vision.matcher.Matcher")
+PREDICTORS = (
+    "detectron2.modeling.roi_heads.FastRCNNOutputLayers",
+    "mamba_vision.roi_heads.ClassSpecificOutputLayers",
+)
+MASK_HEADS = (
+    "detectron2.modeling.roi_heads.MaskRCNNConvUpsampleHead",
+    "mamba_vision.roi_heads.MaskHead",
+)
 EVALUATORS = ("detectron2.evaluation.COCOEvaluator", "mamba_vision.engine.COCOEvaluator")
 
 
@@ -43,10 +51,10 @@ class Switch:
     Args:
         name: in the tables.
         config: its config keys, each with the value for off and the one for on.
-        prepare: its argument of :func:`mamba_vision.inference.prepare`, which evaluation alone has.
+        prepare: its argument of :func:`mamba_vision.inference.prepare`, for evaluation.
         gpu: it does nothing on a CPU.
         half: it does nothing in float32.
-        training: training alone has it.
+        training: evaluation does not have it.
         loop: the evaluation loop alone has it.
     """
 
@@ -57,6 +65,16 @@ class Switch:
     half: bool = False
     training: bool = False
     loop: bool = False
+
+    @property
+    def of_evaluation(self) -> bool:
+        """Whether a model in evaluation has it."""
+        return not self.training and not self.loop
+
+    @property
+    def of_training(self) -> bool:
+        """Whether a training has it."""
+        return bool(self.config) and not self.loop
 
     @property
     def of_backbone(self) -> bool:
@@ -94,10 +112,24 @@ SWITCHES = (
         ),
         training=True,
     ),
+    Switch(
+        "predictors",
+        tuple((f"{ROI_HEADS}.box_predictors.{k}._target_", *PREDICTORS) for k in range(3)),
+    ),
+    Switch(
+        "mask_loss",
+        tuple((f"{ROI_HEADS}.mask_heads.{k}._target_", *MASK_HEADS) for k in range(3)),
+        training=True,
+    ),
     Switch("fused_adamw", (("optimizer.fused", "false", "true"),), training=True),
     Switch("cast_once", prepare="dtype", half=True),  # first: a prepared model casts at every call
     Switch("fuse", prepare="fuse"),
-    Switch("cuda_graphs", prepare="cuda_graphs", gpu=True),
+    Switch(  # in training of the backbone's windowed stages alone
+        "cuda_graphs",
+        ((f"{BOTTOM_UP}.cuda_graphs", "false", "true"),),
+        prepare="cuda_graphs",
+        gpu=True,
+    ),
     Switch("evaluator", (("dataloader.evaluator._target_", *EVALUATORS),), loop=True),
 )
 
@@ -150,7 +182,7 @@ def usable_switches(
             for key, off, on in switch.config
             if _has(config, key, off, on)
         )
-        if reason := _obstacle(switch, present, config, device, dtype):
+        if reason := _obstacle(switch, present, device, dtype):
             words.append(f"without {switch.name}: {reason}")
         else:
             usable.append(replace(switch, config=present))
@@ -183,11 +215,7 @@ def _off(value: str, config: DictConfig, device: str, dtype: torch.dtype) -> str
 
 
 def _obstacle(
-    switch: Switch,
-    present: Sequence[tuple[str, str, str]],
-    config: DictConfig,
-    device: str,
-    dtype: torch.dtype,
+    switch: Switch, present: Sequence[tuple[str, str, str]], device: str, dtype: torch.dtype
 ) -> str | None:
     """Why a switch, of which these keys are there, changes nothing; None if it does."""
     if switch.gpu and device == "cpu":
@@ -196,11 +224,6 @@ def _obstacle(
         return "it does nothing in float32"
     if not present and not switch.prepare:
         return "the config has no such part"
-    for key, off, _ in present:
-        try:
-            apply_overrides(copy.deepcopy(config), [f"{key}={off}"])
-        except UserError as error:
-            return str(error).partition(";")[0]
     return None
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "DTYPES",
     "Memory",
     "Table",
+    "alternate",
     "captured",
     "check_device",
     "exact",
@@ -75,6 +76,22 @@ def seconds(function: Callable[[], object], device: str) -> float:
     return repeat(times) if times > 1 else once
 
 
+def alternate(
+    function: Callable[[], object], yardstick: Callable[[], object], rounds: int, device: str
+) -> tuple[list[float], list[float]]:
+    """Time a function and what it is measured by, in turn; both are warm.
+
+    Returns:
+        Seconds of each, a number per round; one list twice if they are the same.
+    """
+    if yardstick is function:
+        times = [seconds(function, device) for _ in range(rounds)]
+        return times, times
+    yardstick()  # under an autocast of its own it casts its weights once
+    pairs = [(seconds(function, device), seconds(yardstick, device)) for _ in range(rounds)]
+    return [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
+
+
 def captured(function: Callable[[], object]) -> Callable[[], object]:
     """A replay of the kernels that the function launches."""
     stream = torch.cuda.Stream()
@@ -102,20 +119,36 @@ def exact() -> Iterator[None]:
 
 
 class Memory:
-    """The peak of a GPU's memory, over what was in use when this was made."""
+    """What a GPU's memory holds over what was in use when this was made."""
 
     def __init__(self, device: str) -> None:
         self._cuda = device == "cuda"
         if self._cuda:
-            gc.collect()
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
+            _release()
+            self._before = torch.cuda.memory_allocated() + _kept_by_graphs()
 
-    def peak(self) -> float | None:
-        """In MiB; None on the CPU."""
+    def peak(self, function: Callable[[], object]) -> str:
+        """A cell: the peak in a call of a function that is warm, in MiB; "-" on a CPU."""
         if not self._cuda:
-            return None
-        return (torch.cuda.max_memory_allocated() - self._before) / 2**20
+            return "-"
+        _release()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        peak = torch.cuda.max_memory_allocated() + _kept_by_graphs()
+        return f"{(peak - self._before) / 2**20:.0f}"
+
+
+def _release() -> None:
+    """Give back what nothing needs any more, such as the memory of graphs that are gone."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _kept_by_graphs() -> int:
+    """Bytes that CUDA graphs write to in a replay, and that nobody else may be given."""
+    segments = torch.cuda.memory_snapshot()
+    pools = [s for s in segments if tuple(s["segment_pool_id"]) != (0, 0)]
+    return sum(s["total_size"] - s["allocated_size"] for s in pools)
 
 
 class Table:

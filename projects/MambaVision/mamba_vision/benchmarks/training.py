@@ -7,8 +7,9 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ Batch = list[dict[str, Any]]
 
 LOSS = 0.1  # of plain's, by which a row's first loss may differ
 STEPS = 3  # in a row, in every round
-WARM_UP = 20  # steps at most, for float16's gradient scale to settle
+WARM_UP = 4  # steps: CUDA graphs are recorded in the third
+OVERFLOWS = 20  # steps more at most, for float16's gradient scale to settle
 OBJECTS = 8  # in an image, as in COCO's
 PHASES = ("data", "forward", "backward", "optimizer")
 COLUMNS = (
@@ -68,33 +70,61 @@ def compare(
     The learning rate is 0, so that all steps of all rows begin with the same weights.
     """
     config = _config(config, args)
-    trained = [s for s in switches if not s.prepare and not s.loop]
+    trained = [s for s in switches if s.of_training]
     plain = make_rows(config, trained, args.window_padding, ["plain"])
     rows = make_rows(config, trained, args.window_padding, args.only)
     rows += _rows_beyond(config, trained, args)
-    masks = "mask_in_features" in config.model.roi_heads
-    images = draw_images(args.train_images, args.size)
-    add_targets(images, OBJECTS, config.model.roi_heads.num_classes, masks)
+    images = _images(config, args)
     losses = {
         row.padding: _Training(row, weights, dtype, args.device).loss(images) for row in plain
     }
-    batches: Iterator[Batch] = itertools.repeat(images)
-    if args.data:
-        batches = iter(instantiate(config.dataloader.train))
-
-    entries = []
+    batches = _batches(config, args)
+    correct = True
+    yardstick: _Training | None = None
+    table = Table(COLUMNS)
     for row in rows:
         memory = Memory(args.device)
         training = _Training(row, weights, dtype, args.device)
         loss = training.loss(images)
-        training.settle(images)
-        correct = abs(loss / losses[row.padding] - 1) <= LOSS
-        entries.append(Entry(row, training, loss, correct, memory.peak()))
-    for _ in range(args.rounds):
-        for entry in entries:
-            entry.times.append(entry.training.time(batches))
-    _print(entries)
-    return all(entry.correct for entry in entries)
+        training.settle(batches)
+        used = memory.peak(partial(training.step, batches))
+        is_right = abs(loss / losses[row.padding] - 1) <= LOSS
+        correct &= is_right
+        yardstick = yardstick or training
+        phases, steps, others = [], [], []
+        for _ in range(args.rounds):
+            phases.append(training.time(batches))
+            steps.append(sum(phases[-1]))
+            others.append(steps[-1] if yardstick is training else sum(yardstick.time(batches)))
+        table.add(
+            (
+                *row.cells,
+                milliseconds(steps),
+                ratio(others, steps),
+                *(milliseconds(times) for times in zip(*phases)),
+                used,
+                f"{loss:.3f}" + ("" if is_right else " WRONG"),
+            )
+        )
+        del training  # its memory is the next one's
+    return correct
+
+
+def warm_steps(
+    config: DictConfig,
+    switches: Sequence[Switch],
+    weights: Weights,
+    dtype: torch.dtype,
+    args: argparse.Namespace,
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What a step of training of all is called, and one that is warm, for each padding."""
+    config = _config(config, args)
+    trained = [s for s in switches if s.of_training]
+    for row in make_rows(config, trained, args.window_padding, ["all"]):
+        batches = _batches(config, args)
+        training = _Training(row, weights, dtype, args.device)
+        training.settle(batches)
+        yield f"a step of {row.name}, {row.padding}", partial(training.step, batches)
 
 
 def _config(config: DictConfig, args: argparse.Namespace) -> DictConfig:
@@ -105,6 +135,19 @@ def _config(config: DictConfig, args: argparse.Namespace) -> DictConfig:
         OmegaConf.update(config, "dataloader.train.total_batch_size", args.train_images)
     config.optimizer.lr = 0.0
     return config
+
+
+def _images(config: DictConfig, args: argparse.Namespace) -> Batch:
+    images = draw_images(args.train_images, args.size)
+    masks = "mask_in_features" in config.model.roi_heads
+    add_targets(images, OBJECTS, config.model.roi_heads.num_classes, masks)
+    return images
+
+
+def _batches(config: DictConfig, args: argparse.Namespace) -> Iterator[Batch]:
+    if args.data:
+        return iter(instantiate(config.dataloader.train))
+    return itertools.repeat(_images(config, args))
 
 
 def _rows_beyond(
@@ -154,16 +197,16 @@ class _Training(HookBase):
 
     def loss(self, images: Batch) -> float:
         """The total loss of a step, NaN if it is not finite."""
-        self._step(itertools.repeat(images))
+        self.step(itertools.repeat(images))
         return self._storage.latest().get("total_loss", (math.nan, 0))[0]
 
-    def settle(self, images: Batch) -> None:
-        """Step until float16's gradients do not overflow."""
+    def settle(self, batches: Iterator[Batch]) -> None:
+        """Step until all is as in any later step, and float16's gradients do not overflow."""
         scaler = self._trainer.grad_scaler
-        for _ in range(WARM_UP):
+        for step in range(WARM_UP + OVERFLOWS):
             before = scaler.get_scale()
-            self._step(itertools.repeat(images))
-            if scaler.get_scale() >= before:
+            self.step(batches)
+            if step + 1 >= WARM_UP and scaler.get_scale() >= before:
                 return
 
     def time(self, batches: Iterator[Batch]) -> list[float]:
@@ -171,13 +214,14 @@ class _Training(HookBase):
         synchronize(self._device)
         phases = []
         for _ in range(STEPS):
-            self._step(batches)
+            self.step(batches)
             phases.append(self._marks)
         synchronize(self._device)
         steps = [[_between(a, b) for a, b in itertools.pairwise(marks)] for marks in phases]
         return [statistics.mean(times) for times in zip(*steps)]
 
-    def _step(self, batches: Iterator[Batch]) -> None:
+    def step(self, batches: Iterator[Batch]) -> None:
+        """Train on the next batch."""
         self._batches, self._marks = batches, []
         with self._storage:
             self._mark()
@@ -195,34 +239,3 @@ class _Training(HookBase):
 
 def _between(start: Any, end: Any) -> float:
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
-
-
-@dataclass
-class Entry:
-    """What was seen of one row."""
-
-    row: Row
-    training: _Training
-    loss: float
-    correct: bool
-    memory: float | None
-    times: list[list[float]] = field(default_factory=list)  # seconds of the phases, by round
-
-    @property
-    def steps(self) -> list[float]:
-        return [sum(phases) for phases in self.times]
-
-
-def _print(entries: Sequence[Entry]) -> None:
-    table = Table(COLUMNS)
-    for entry in entries:
-        table.add(
-            (
-                *entry.row.cells,
-                milliseconds(entry.steps),
-                ratio(entries[0].steps, entry.steps),
-                *(milliseconds(times) for times in zip(*entry.times)),
-                "-" if entry.memory is None else f"{entry.memory:.0f}",
-                f"{entry.loss:.3f}" + ("" if entry.correct else " WRONG"),
-            )
-        )

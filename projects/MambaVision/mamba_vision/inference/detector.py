@@ -25,7 +25,7 @@ class GraphedDetector:
     while the CPU goes on.
 
     Args:
-        model: in eval mode, with this package's ``RPN``, cascade and pooler.
+        model: in eval mode, with this package's RPN, anchors, cascade, predictor and poolers.
         graphs: where its own are recorded.
     """
 
@@ -82,7 +82,7 @@ class GraphedDetector:
         rpn, heads = self._model.proposal_generator, self._model.roi_heads
         given, wanted = sizes.unbind(dim=1)
         proposals, _, counts = rpn.candidates([features[name] for name in rpn.in_features], given)
-        boxes, scores, classes, counts = heads.detect(features, proposals, counts, given)
+        boxes, scores, classes, _, counts = heads.detect(features, proposals, counts, given)
 
         edges, scales = (x.flip(1).repeat(1, 2)[:, None] for x in (wanted, wanted / given))
         rescaled = (boxes * scales).clamp(min=0).minimum(edges)

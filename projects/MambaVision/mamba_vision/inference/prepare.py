@@ -15,7 +15,7 @@ from ..backbone import MambaVision
 from ..backbone.mixer import MambaVisionMixer
 from ..precision import autocast, precision
 from ..proposal_generator import RPN, AnchorGenerator
-from ..roi_heads import ClassSpecificCascadeROIHeads, ROIPooler
+from ..roi_heads import ClassSpecificCascadeROIHeads, ClassSpecificOutputLayers, ROIPooler
 from .detector import GraphedDetector
 from .fuse import fuse as fold_norms
 from .graphs import Graphs
@@ -98,7 +98,7 @@ class Prepared(nn.Module):
         # Detectron2's anchors are copied from the CPU, for which it waits.
         if rpn is None or not isinstance(rpn.anchor_generator, AnchorGenerator):
             return
-        if heads is not None and _have_own_poolers(heads):
+        if heads is not None and _never_wait(heads):
             self._detector = GraphedDetector(self.model, graphs)
         else:
             graphs.install(rpn, "candidates")
@@ -129,10 +129,11 @@ def _known_parts(model: nn.Module) -> list[Any]:
     return [part if is_known else None for part, is_known in zip(parts, known)]
 
 
-def _have_own_poolers(heads: ClassSpecificCascadeROIHeads) -> bool:
-    """Whether the poolers are this package's; Detectron2's waits for the device at every level."""
+def _never_wait(heads: ClassSpecificCascadeROIHeads) -> bool:
+    """Whether the parts are this package's where Detectron2's would wait for the device."""
     poolers = [heads.box_pooler, *([heads.mask_pooler] if heads.mask_on else [])]
-    return all(isinstance(pooler, ROIPooler) for pooler in poolers)
+    own = type(heads.box_predictor[-1]) is ClassSpecificOutputLayers
+    return own and all(isinstance(pooler, ROIPooler) for pooler in poolers)
 
 
 def _cast_weights(module: nn.Module, dtype: torch.dtype) -> None:

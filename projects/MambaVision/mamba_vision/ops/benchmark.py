@@ -134,7 +134,7 @@ class Entry:
     weights: Tensor
     error: float = 0.0  # the worst of all results, over the largest number of that result
     correct: bool = True
-    memory: float | None = None  # MiB, the peak of forward and backward over what was there
+    memory: str = "-"  # MiB, the peak of forward and backward over what was there
     forward: list[float] = field(default_factory=list)
     both: list[float] = field(default_factory=list)
 
@@ -191,9 +191,8 @@ def _check(entry: Entry, truth: Sequence[Tensor], usual: Sequence[Tensor]) -> No
     Correct is an error of at most twice that of plain PyTorch in the same dtype, and 16 units in
     the last place of float32 besides, in the measure of the largest number.
     """
-    memory = Memory(entry.weights.device.type)
+    entry.memory = Memory(entry.weights.device.type).peak(entry.run_both)
     results = entry.run_both()
-    entry.memory = memory.peak()
     for result, exact, plain in zip(results, truth, usual):
         error, limit = ((x.double() - exact).abs().max().item() for x in (result, plain))
         largest = exact.abs().max().item()
@@ -253,7 +252,7 @@ def _print(
                 entry.backend,
                 milliseconds(entry.forward, 3),
                 milliseconds(entry.both, 3),
-                "-" if entry.memory is None else f"{entry.memory:.0f}",
+                entry.memory,
                 ratio(entries[0].forward, entry.forward),
                 ratio(entries[0].both, entry.both),
                 "-" if floor is None else f"{floor / statistics.median(entry.both):.0%}",

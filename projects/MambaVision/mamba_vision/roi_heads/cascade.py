@@ -5,8 +5,8 @@ one mask head. The cascade with which MambaVision's detectors were trained diffe
 module holds, and in nothing else.
 
 Shapes:
-    N images; R RoIs of all images together, R_i those of image i, M of each at most where they are
-    padded to one number; K foreground classes; D detections of an image at most;
+    N images; R RoIs of all images together, R_i those of image i, or M of each, the rest padding;
+    K foreground classes; D detections of an image at most;
     class logits (R, K + 1), background last; deltas (R, 4 K), class by class (dx, dy, dw, dh).
 """
 
@@ -19,13 +19,11 @@ from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import UserError
-from ..proposals import to_device
 from .mask_head import SharedMasks
 from .sampling import draw_samples
-from .selection import select_detections
+from .selection import Detections
 
 __all__ = ["ClassSpecificCascadeROIHeads", "StageMaskHeads"]
 
@@ -239,26 +237,22 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
         return moved.nan_to_num(nan=0.0).clamp(min=0).minimum(frames)
 
     def _forward_box(self, features, proposals, targets=None):
-        """Detections of N images at test time; see :meth:`detect`."""
+        """Detections of N images at test time: the stages' mean logits, the last one's boxes."""
         given = [p.proposal_boxes.tensor for p in proposals]
-        sizes = [p.image_size for p in proposals]
-        *found, counts = self.detect(
-            features,
-            pad_sequence(given, batch_first=True),
-            to_device([len(boxes) for boxes in given], given[0].device),
-            to_device(sizes, given[0].device),
-        )
-        return [
-            Instances(
-                size, pred_boxes=Boxes(boxes[:n]), scores=scores[:n], pred_classes=classes[:n]
-            )
-            for size, n, boxes, scores, classes in zip(sizes, counts.tolist(), *found, strict=True)
+        predictions, refined = self.run_cascade(features, given, torch.cat(_frames(proposals)))
+        last = [
+            Instances(used.image_size, proposal_boxes=Boxes(boxes))
+            for used, boxes in zip(proposals, refined, strict=True)
         ]
+        detections, _ = self.box_predictor[-1].inference(predictions, last)
+        return detections
 
     def detect(
         self, features: dict[str, Tensor], boxes: Tensor, counts: Tensor, image_sizes: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> Detections:
         """Find the objects of N images, at test time, without waiting for the GPU.
+
+        The last stage's predictor must be a ``ClassSpecificOutputLayers``.
 
         Args:
             features: maps (N, C, H, W) by name.
@@ -267,53 +261,35 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
             image_sizes: (N, 2), height and width in pixels.
 
         Returns:
-            Boxes (N, D, 4), scores (N, D) from the highest down, classes (N, D) and how many there
-            are, (N,); see :func:`~mamba_vision.roi_heads.selection.select_detections`. D is
-            ``test_topk_per_image`` of the last stage's predictor, or K M if that is less.
+            See :meth:`ClassSpecificOutputLayers.detect`.
         """
-        shape = boxes.shape[:2]
         frames = image_sizes.to(boxes.dtype).flip(1).repeat(1, 2)[:, None].expand_as(boxes)
-        there = torch.arange(shape[1], device=boxes.device) < counts[:, None]
-        predictions, boxes = self.run_cascade(features, boxes, frames)
-        predictor = self.box_predictor[-1]
-        rois = [Instances((0, 0), proposal_boxes=Boxes(boxes.flatten(0, 1)))]
-        (moved,), (scores,) = (
-            predict(predictions, rois)
-            for predict in (predictor.predict_boxes, predictor.predict_probs)
-        )
-        return select_detections(
-            moved.view(*shape, self.num_classes, 4),
-            scores.view(*shape, self.num_classes + 1),
-            there,
-            image_sizes,
-            score_threshold=predictor.test_score_thresh,
-            nms_threshold=predictor.test_nms_thresh,
-            most=predictor.test_topk_per_image,
-        )
+        predictions, refined = self.run_cascade(features, list(boxes), frames.flatten(0, 1))
+        return self.box_predictor[-1].detect(predictions, torch.stack(refined), counts, image_sizes)
 
     def run_cascade(
-        self, features: dict[str, Tensor], boxes: Tensor, frames: Tensor
-    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        self, features: dict[str, Tensor], rois: list[Tensor], frames: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
         """Run all stages on N images, at test time.
 
         Args:
             features: maps (N, C, H, W) by name.
-            boxes: (N, M, 4).
-            frames: what to clip them to, (N, M, 4).
+            rois: each image's boxes, (R_i, 4).
+            frames: what to clip them to, (R, 4).
 
         Returns:
-            The stages' mean logits (N M, K + 1) and the last stage's deltas (N M, 4 K); then the
-            boxes that those refine, (N, M, 4).
+            The stages' mean logits (R, K + 1) and the last stage's deltas (R, 4 K); then each
+            image's boxes that those refine, (R_i, 4).
         """
         maps = [features[name] for name in self.box_in_features]
-        all_logits = []
+        counts = [len(boxes) for boxes in rois]
+        boxes, all_logits = torch.cat(rois), []
         for k in range(self.num_cascade_stages):
-            logits, deltas = self._predict(maps, [Boxes(of_image) for of_image in boxes], k)
+            logits, deltas = self._predict(maps, [Boxes(b) for b in boxes.split(counts)], k)
             all_logits.append(logits)
             if k + 1 < self.num_cascade_stages:
-                flat = boxes.flatten(0, 1), frames.flatten(0, 1)
-                boxes = self._move((logits, deltas), *flat, k).view_as(boxes)
-        return (torch.stack(all_logits).mean(dim=0), deltas), boxes
+                boxes = self._move((logits, deltas), boxes, frames, k)
+        return (torch.stack(all_logits).mean(dim=0), deltas), list(boxes.split(counts))
 
     def run_masks(self, features: dict[str, Tensor], boxes: Tensor, classes: Tensor) -> Tensor:
         """Predict the masks of N images' boxes, as many of each.

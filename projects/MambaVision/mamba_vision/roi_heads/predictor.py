@@ -1,8 +1,8 @@
-"""Classes and boxes of RoIs, and their losses.
+"""Classes and boxes of RoIs, their losses, and which are detections.
 
 Shapes:
-    R RoIs of all images together; K foreground classes; class logits (R, K + 1), background last;
-    deltas (R, 4 K), class by class (dx, dy, dw, dh).
+    N images; R RoIs of all images together, or M of each; K foreground classes; class logits
+    (R, K + 1), background last; deltas (R, 4 K), class by class (dx, dy, dw, dh).
 """
 
 from __future__ import annotations
@@ -10,20 +10,24 @@ from __future__ import annotations
 import torch
 from detectron2.layers import cross_entropy
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import UserError
+from ..proposals import to_device
 from ..scalars import put_scalars
+from .selection import Detections, select_detections
 
 __all__ = ["ClassSpecificOutputLayers", "giou_loss"]
 
 
 class ClassSpecificOutputLayers(FastRCNNOutputLayers):
-    """Detectron2's predictor, with the same losses and statistics, of class-specific boxes by GIoU.
+    """Detectron2's predictor, with the same results, of class-specific boxes by GIoU.
 
-    Detectron2 lists the foreground, for which the CPU waits until the GPU is done with all that it
-    was given before. Here the box loss is a sum over all RoIs, in which background counts nothing.
+    Detectron2 lists the foreground, and at test time the boxes of high scores, for which the CPU
+    waits until the GPU is done with all that it was given before. Here the box loss is a sum over
+    all RoIs, in which background counts nothing, and all boxes go through NMS, class by class.
     """
 
     def __init__(self, *args, box_reg_loss_type: str = "giou", **kwargs) -> None:
@@ -47,6 +51,67 @@ class ClassSpecificOutputLayers(FastRCNNOutputLayers):
                     f"{argument}: this predictor has softmax and class-specific boxes with GIoU "
                     "alone; use detectron2.modeling.roi_heads.FastRCNNOutputLayers"
                 )
+
+    def inference(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> tuple[list[Instances], list[Tensor]]:
+        """See :meth:`detectron2.modeling.roi_heads.FastRCNNOutputLayers.inference`.
+
+        The CPU waits once for the GPU, to learn how many detections there are.
+        """
+        boxes = [p.proposal_boxes.tensor for p in proposals]
+        counts = [len(b) for b in boxes]
+        logits, deltas = (
+            pad_sequence(x.split(counts), batch_first=True).flatten(0, 1) for x in predictions
+        )
+        device = logits.device
+        sizes = [p.image_size for p in proposals]
+        *found, lengths = self.detect(
+            (logits, deltas),
+            pad_sequence(boxes, batch_first=True),
+            to_device(counts, device),
+            to_device(sizes, device),
+        )
+        instances, rois = [], []
+        for size, n, *of_image in zip(sizes, lengths.tolist(), *found, strict=True):
+            boxes_i, scores, classes, rois_i = (x[:n] for x in of_image)
+            instances.append(
+                Instances(size, pred_boxes=Boxes(boxes_i), scores=scores, pred_classes=classes)
+            )
+            rois.append(rois_i)
+        return instances, rois
+
+    def detect(
+        self,
+        predictions: tuple[Tensor, Tensor],
+        boxes: Tensor,
+        counts: Tensor,
+        image_sizes: Tensor,
+    ) -> Detections:
+        """Choose the detections of N images in fixed shapes, without waiting for the GPU.
+
+        Args:
+            predictions: class logits (N M, K + 1) and deltas (N M, 4 K).
+            boxes: (N, M, 4), which the deltas refine; the first of an image, the rest is padding.
+            counts: how many an image has, (N,).
+            image_sizes: (N, 2), height and width in pixels.
+
+        Returns:
+            At most ``test_topk_per_image`` of an image; see
+            :func:`~mamba_vision.roi_heads.selection.select_detections`.
+        """
+        logits, deltas = predictions
+        shape = boxes.shape[:2]
+        moved = self.box2box_transform.apply_deltas(deltas, boxes.flatten(0, 1))
+        return select_detections(
+            moved.view(*shape, self.num_classes, 4),
+            logits.softmax(dim=1).view(*shape, self.num_classes + 1),
+            torch.arange(shape[1], device=boxes.device) < counts[:, None],
+            image_sizes,
+            score_threshold=self.test_score_thresh,
+            nms_threshold=self.test_nms_thresh,
+            most=self.test_topk_per_image,
+        )
 
     def losses(
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]

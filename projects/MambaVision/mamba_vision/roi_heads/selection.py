@@ -6,12 +6,27 @@ Shapes:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..ops import grouped_nms
 
-__all__ = ["select_detections"]
+__all__ = ["Detections", "select_detections"]
+
+
+class Detections(NamedTuple):
+    """Of N images; from the highest score down, equal ones by class and RoI.
+
+    After those that there are come boxes of zeros, with scores of minus infinity.
+    """
+
+    boxes: Tensor  # (N, D, 4)
+    scores: Tensor  # (N, D)
+    classes: Tensor  # (N, D), int64
+    rois: Tensor  # (N, D), int64, below M: where they come from
+    counts: Tensor  # (N,), int64: how many there are
 
 
 def select_detections(
@@ -23,7 +38,7 @@ def select_detections(
     score_threshold: float,
     nms_threshold: float,
     most: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Detections:
     """Choose the detections of each image, by NMS within each class.
 
     They are those of Detectron2's ``fast_rcnn_inference``: RoIs with a box or score that is not
@@ -40,9 +55,7 @@ def select_detections(
         most: detections of an image; all if it is negative.
 
     Returns:
-        Boxes (N, D, 4), scores (N, D), from the highest down, equal ones by class and RoI, classes
-        (N, D) int64, and how many there are, (N,) int64. After these come boxes of zeros, with
-        scores of minus infinity. D is ``most``, or K M if that is less.
+        D is ``most``, or K M if that is less.
     """
     count = boxes.shape[1]
     usable = there & boxes.flatten(2).isfinite().all(dim=2) & scores.isfinite().all(dim=2)
@@ -61,5 +74,10 @@ def select_detections(
         scores, places = scores[:, :most], places[:, :most]
     boxes = boxes.flatten(1, 2).gather(1, places[..., None].expand(-1, -1, 4))
     found = scores > -torch.inf
-    boxes = boxes.where(found[..., None], 0)
-    return boxes, scores, places // max(count, 1), found.sum(dim=1)
+    return Detections(
+        boxes.where(found[..., None], 0),
+        scores,
+        places // max(count, 1),
+        order.flatten(1).gather(1, places),
+        found.sum(dim=1),
+    )
