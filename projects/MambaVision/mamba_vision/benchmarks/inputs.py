@@ -197,9 +197,10 @@ def set_threshold(model: nn.Module, run: Callable[[], object]) -> float:
     predictors = [m for m in model.modules() if isinstance(m, FastRCNNOutputLayers)]
     if not predictors:
         return 0.0
-    with _spied(predictors[-1], "predict_probs") as seen:
+    with _spied(predictors[-1], "inference") as seen:
         run()
-    foreground = torch.cat([scores for found in seen for scores in found])[:, :-1].flatten()
+    logits = torch.cat([predictions[0] for predictions, _ in seen])
+    foreground = logits.softmax(dim=1)[:, :-1].flatten()
     count = min(len(foreground), CANDIDATES * predictors[-1].test_topk_per_image)
     threshold = foreground.topk(count).values[-1].item()
     limit_detections(model, threshold)
@@ -208,13 +209,13 @@ def set_threshold(model: nn.Module, run: Callable[[], object]) -> float:
 
 @contextmanager
 def _spied(module: nn.Module, method: str) -> Iterator[list[Any]]:
-    """What a method of one module returns while this is open."""
+    """What a method of one module is given while this is open."""
     seen = []
     original = getattr(module, method)
 
     def spy(*arguments: Any) -> Any:
-        seen.append(original(*arguments))
-        return seen[-1]
+        seen.append(arguments)
+        return original(*arguments)
 
     setattr(module, method, spy)
     try:

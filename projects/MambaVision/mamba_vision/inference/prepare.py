@@ -46,7 +46,8 @@ def prepare(
         fuse: fold batch norms into convolutions (:func:`~mamba_vision.inference.fuse`).
         cuda_graphs: on a GPU, launch the kernels of the backbone, those from there to the
             detections, and those of the mask heads as CUDA graphs. They are recorded when an image
-            of some padded size is met for the second time.
+            of some padded size is met for the second time, with the thresholds that the model then
+            has.
 
     Returns:
         A module in eval mode, for one thread.
