@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 
 from mamba_vision.matcher import Matcher
 from mamba_vision.proposal_generator import RPN, AnchorGenerator
+from mamba_vision.scalars import flush_scalars
 
 ANCHORS = {
     "sizes": [[16], [32], [64]],
@@ -177,6 +178,7 @@ def test_losses_and_gradients_are_those_of_detectron2(boxes, total, beta):
         inputs = [x.clone().requires_grad_() for x in (*logits, *deltas)]
         with EventStorage() as storage:
             losses = rpn.losses(anchors, inputs[:3], labels, inputs[3:], matched)
+            flush_scalars()
         assert list(losses) == ["loss_rpn_cls", "loss_rpn_loc"]
         gradients = torch.autograd.grad(sum(losses.values()), inputs)
         logged = [value for value, _ in storage.latest().values()]
@@ -206,7 +208,7 @@ def test_a_step_of_training_seldom_waits_for_the_gpu():
     }
     images = ImageList(torch.zeros(2, 3, 64, 96, device="cuda"), SIZES)
     targets = [x.to("cuda") for x in _targets([[8.0, 8.0, 40.0, 40.0]], [[0.0, 0.0, 79.0, 63.0]])]
-    with EventStorage(start_iter=1):
+    with EventStorage():
         rpn(images, features, targets)
         torch.cuda.set_sync_debug_mode("warn")
         try:

@@ -14,16 +14,14 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.proposal_generator import RPN as _RPN
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
 from detectron2.structures import Boxes, ImageList, Instances
-from detectron2.utils.events import get_event_storage
 from fvcore.nn import smooth_l1_loss
 from torch import Tensor
 from torch.nn import functional as F
 
 from .proposals import select_proposals, to_device
+from .scalars import put_scalars
 
 __all__ = ["RPN", "AnchorGenerator"]
-
-_LOG_PERIOD = 20  # steps; that of Detectron2's writers
 
 
 class AnchorGenerator(DefaultAnchorGenerator):
@@ -50,8 +48,7 @@ class AnchorGenerator(DefaultAnchorGenerator):
 class RPN(_RPN):
     """Detectron2's RPN, with the same proposals and losses at less cost.
 
-    What is drawn at random has the same distribution, but comes from other random numbers; and of
-    the numbers of sampled anchors every 20th alone is logged, as each makes the CPU wait.
+    What is drawn at random has the same distribution, but comes from other random numbers.
 
     In training Detectron2 raises ``FloatingPointError`` at a box that is not finite. Here such a
     box is dropped, as Detectron2 does at test time. The loss tells all the same, and other
@@ -255,8 +252,5 @@ def _random_subset(candidates: Tensor, count: int, limit: Tensor | None = None) 
 
 def _log_samples(labels: Tensor) -> None:
     """Log how many anchors of an image are sampled, on the average of N; labels are (N, S)."""
-    storage = get_event_storage()
-    if storage.iter % _LOG_PERIOD == 0:
-        positive, negative = torch.stack([labels == 1, labels == 0]).sum(dim=(1, 2)).tolist()
-        storage.put_scalar("rpn/num_pos_anchors", positive / len(labels))
-        storage.put_scalar("rpn/num_neg_anchors", negative / len(labels))
+    counts = torch.stack([labels == 1, labels == 0]).sum(dim=(1, 2)) / len(labels)
+    put_scalars(dict(zip(("rpn/num_pos_anchors", "rpn/num_neg_anchors"), counts)))
