@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["CudaRecorder", "Record", "Run"]
+__all__ = ["CudaRecorder", "Record", "Run", "autocast_now"]
 
 Run = Callable[[], object]
 Record = Callable[..., tuple[Run, ...]]  # from functions to as many that do the same, only faster
@@ -77,3 +77,11 @@ class CudaRecorder:
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """The one to record on: libraries keep a workspace for every stream that they ever saw."""
     return torch.cuda.Stream(device)
+
+
+def autocast_now(kind: str) -> torch.dtype | None:
+    """The dtype that autocast computes in on a kind of device; None if it is off.
+
+    A recording holds for that one alone.
+    """
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

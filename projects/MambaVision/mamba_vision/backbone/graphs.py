@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torchvision.ops import StochasticDepth
 
 from ..errors import UserError
-from ..recorder import CudaRecorder, Record
+from ..recorder import CudaRecorder, Record, autocast_now
 
 __all__ = ["TrainingGraphs"]
 
@@ -93,7 +93,7 @@ class TrainingGraphs:
             self._start(state)
         if self._pending is not None and self._pending() is not None:
             return None
-        autocast = _autocast(x.device.type)
+        autocast = autocast_now(x.device.type)
         form = x.shape, x.stride(), x.dtype, x.requires_grad, autocast
         if form not in self._known and len(self._known) < self.LIMIT:
             self._seen[form] += 1
@@ -245,8 +245,3 @@ def _state(modules: Sequence[nn.Module], weights: Sequence[Tensor]) -> tuple:
         *((w.data_ptr(), w.dtype, w.requires_grad) for w in weights),
         *((m.training, m.p if isinstance(m, StochasticDepth) else None) for m in modules),
     )
-
-
-def _autocast(kind: str) -> torch.dtype | None:
-    """The dtype that autocast computes in on a kind of device; None if it is off."""
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

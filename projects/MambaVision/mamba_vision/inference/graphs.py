@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..recorder import CudaRecorder, Record, Run
+from ..recorder import CudaRecorder, Record, Run, autocast_now
 
 __all__ = ["Graphed", "Graphs"]
 
@@ -101,7 +101,7 @@ class Graphed:
         if self._record is None:
             return self._function(*args)
         leaves, structure = tree_flatten(args)
-        key = (structure, *map(self._form, leaves), _autocast(self._graphs.device.type))
+        key = (structure, *map(self._form, leaves), autocast_now(self._graphs.device.type))
         known = self._known.get(key)
         if known is None:
             return self._first(key, args)
@@ -240,8 +240,3 @@ class _Arena:
             numbers = self._memory[start:end].view(like.dtype)
             placed.append(numbers.as_strided(like.shape, like.stride()))
         return placed
-
-
-def _autocast(kind: str) -> torch.dtype | None:
-    """The precision that autocast computes in on a kind of device; None if it is off."""
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
