@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .ops import grouped_nms
 
-__all__ = ["select_proposals", "to_device"]
+__all__ = ["image_bounds", "select_proposals", "to_device"]
 
 
 def select_proposals(
@@ -46,7 +46,7 @@ def select_proposals(
         that they came in; and how many there are, (N,) int64. After these come boxes of zeros, with
         logits of minus infinity. M is ``most``, or L n if that is less.
     """
-    edges = image_sizes.to(boxes.dtype).flip(1).repeat(1, 2)[:, None]  # x, y, x, y
+    edges = image_bounds(image_sizes.to(boxes.dtype))[:, None]
     clipped = boxes.clamp(min=0).minimum(edges)
     large = (clipped[..., 2:] - clipped[..., :2] > min_box_size).all(dim=2)
     usable = boxes.isfinite().all(dim=2) & logits.isfinite() & large
@@ -72,6 +72,11 @@ def _pad_levels(x: Tensor, level_sizes: Sequence[int], filler: float) -> Tensor:
     for level, part in enumerate(x.split(list(level_sizes), dim=1)):
         padded[:, level, : part.shape[1]] = part
     return padded
+
+
+def image_bounds(image_sizes: Tensor) -> Tensor:
+    """What bounds the boxes of each image, (N, 4): width, height, width, height, from (N, 2)."""
+    return image_sizes.flip(1).repeat(1, 2)
 
 
 def to_device(numbers: Sequence, device: torch.device) -> Tensor:

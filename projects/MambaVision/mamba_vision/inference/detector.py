@@ -10,7 +10,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances, ROIMasks
 from torch import Tensor
 
-from ..proposals import to_device
+from ..proposals import image_bounds, to_device
 from .graphs import Graphs
 
 __all__ = ["GraphedDetector"]
@@ -84,7 +84,7 @@ class GraphedDetector:
         proposals, _, counts = rpn.candidates([features[name] for name in rpn.in_features], given)
         boxes, scores, classes, _, counts = heads.detect(features, proposals, counts, given)
 
-        edges, scales = (x.flip(1).repeat(1, 2)[:, None] for x in (wanted, wanted / given))
+        edges, scales = (image_bounds(x)[:, None] for x in (wanted, wanted / given))
         rescaled = (boxes * scales).clamp(min=0).minimum(edges)
         there = torch.arange(boxes.shape[1], device=boxes.device) < counts[:, None]
         there &= (rescaled[..., 2:] > rescaled[..., :2]).all(dim=2)

@@ -21,6 +21,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..proposals import image_bounds, to_device
 from .mask_head import SharedMasks
 from .sampling import draw_samples
 from .selection import Detections
@@ -263,8 +264,8 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
         Returns:
             See :meth:`ClassSpecificOutputLayers.detect`.
         """
-        frames = image_sizes.to(boxes.dtype).flip(1).repeat(1, 2)[:, None].expand_as(boxes)
-        predictions, refined = self.run_cascade(features, list(boxes), frames.flatten(0, 1))
+        bounds = image_bounds(image_sizes.to(boxes.dtype))[:, None].expand_as(boxes)
+        predictions, refined = self.run_cascade(features, list(boxes), bounds.flatten(0, 1))
         return self.box_predictor[-1].detect(predictions, torch.stack(refined), counts, image_sizes)
 
     def run_cascade(
@@ -333,15 +334,10 @@ def _finite(predictions: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor
 
 
 def _frames(proposals: list[Instances]) -> list[Tensor]:
-    """For each image (R_i, 4): the corner (width, height) that bounds its boxes, twice."""
-    frames = []
-    for of_image in proposals:
-        height, width = of_image.image_size
-        # Not from a list to the device at once, which would wait for it.
-        frame = torch.tensor([width, height, width, height], dtype=torch.float32)
-        boxes = of_image.proposal_boxes.tensor
-        frames.append(frame.to(boxes.device, non_blocking=True).expand(len(boxes), 4))
-    return frames
+    """For each image (R_i, 4): what bounds its boxes."""
+    device = proposals[0].proposal_boxes.device
+    bounds = image_bounds(to_device([p.image_size for p in proposals], device))
+    return [bound.expand(len(p), 4) for bound, p in zip(bounds, proposals, strict=True)]
 
 
 def _whole_frame(proposals: Instances) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops import grouped_nms
+from ..proposals import image_bounds
 
 __all__ = ["Detections", "select_detections"]
 
@@ -62,7 +63,7 @@ def select_detections(
     scores = scores[..., :-1]
     scores = scores.where(usable[..., None] & (scores > score_threshold), -torch.inf)
     scores, order = scores.transpose(1, 2).sort(dim=2, descending=True, stable=True)
-    edges = image_sizes.to(boxes.dtype).flip(1).repeat(1, 2)[:, None, None]  # x, y, x, y
+    edges = image_bounds(image_sizes.to(boxes.dtype))[:, None, None]
     boxes = boxes.clamp(min=0).minimum(edges).transpose(1, 2)
     boxes = boxes.gather(2, order[..., None].expand(-1, -1, -1, 4))  # (N, K, M, 4)
     valid = scores > -torch.inf
