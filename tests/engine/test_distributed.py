@@ -172,3 +172,37 @@ def test_two_gpus_equal_one(tmp_path):
         for path in (tmp_path / "one", tmp_path / "two")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+WORKER = """
+import argparse, atexit, os, sys
+from mamba_vision.engine.launching import launch
+
+class Left:
+    def __del__(self, write=os.write):
+        write(1, b"torn down\\n")
+
+def work(args):
+    global left
+    left = Left()
+    atexit.register(sys.stdout.write, "tidied\\n")
+    sys.stdout.write("worked\\n")
+    raise SystemExit(args.code)
+
+if __name__ == "__main__":
+    words = {"num_gpus": 2, "num_machines": 1, "machine_rank": 0, "dist_url": "auto"}
+    launch(work, argparse.Namespace(code=int(sys.argv[1]), **words))
+    print("returned")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("code", "last"), [(0, ["returned"]), (75, [])])
+def test_processes_tidy_and_end_before_python_is_torn_down(tmp_path, code, last):
+    """Where gloo's threads abort a process: seen in one run of hundreds, on busy cores."""
+    script = tmp_path / "script.py"
+    script.write_text(WORKER)
+    process = start([sys.executable, script, code])
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    assert sorted(out.splitlines()) == sorted(2 * ["worked", "tidied"] + last)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -118,8 +120,8 @@ def check_processes(args: argparse.Namespace, config: DictConfig) -> None:
 def launch(worker: Worker, args: argparse.Namespace) -> None:
     """Run ``worker(args)`` in as many processes as there should be.
 
-    Under torchrun, or srun with several tasks, this process is one of them; otherwise those that
-    the arguments ask for are started.
+    Under torchrun, or srun with several tasks, this process is one of them, and ends with the
+    worker: nothing after this call is run. Otherwise those that the arguments ask for are started.
 
     Raises:
         UserError: a process raised one.
@@ -129,7 +131,6 @@ def launch(worker: Worker, args: argparse.Namespace) -> None:
     if place is not None:
         _join(place, args)
         _work(worker, args)
-        return
     if args.num_gpus * args.num_machines < 2:
         worker(args)
         return
@@ -171,19 +172,23 @@ def _join(place: Place, args: argparse.Namespace) -> None:
     comm.synchronize()
 
 
-def _work(worker: Worker, args: argparse.Namespace) -> None:
-    """Run in one of several processes, and part from the others.
+def _work(worker: Worker, args: argparse.Namespace) -> NoReturn:
+    """Run in one of several processes, part from the others, and end the process.
 
-    A process that just ends while another is still there sometimes crashes in gloo's threads.
+    Gloo's threads outlive the groups that they serve, and one that lets go of its last tensor while
+    Python shuts down aborts the process (pytorch/pytorch#179291): so Python does not shut down.
     """
+    code = 0
     try:
         worker(args)
-    except SystemExit:  # which all processes agreed on
-        comm.synchronize()
-        dist.destroy_process_group()
-        raise
+    except SystemExit as error:  # which all processes agreed on
+        code = int(error.code or 0)
     comm.synchronize()
     dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _check_batch(config: DictConfig, processes: int) -> None:
