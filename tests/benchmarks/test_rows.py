@@ -62,6 +62,9 @@ def test_an_unknown_row():
 def test_plain_has_none_of_our_parts(config):
     switches, _ = usable_switches(config, "cpu", torch.float32)
     plain, *_, everything = make_rows(config, switches, ["full"], [])
+    backbones = [row.config.model.backbone.bottom_up for row in (plain, everything)]
+    assert [x.scan_backend for x in backbones] == ["reference", None]  # the recurrence itself
+    assert [x.conv_backend for x in backbones] == ["torch", None]
     heads = plain.config.model.roi_heads
     assert heads.box_pooler._target_ == f"{ROIPooler.__module__}.ROIPooler"
     assert everything.config.model.roi_heads.mask_pooler._target_.startswith(roi_heads.__name__)

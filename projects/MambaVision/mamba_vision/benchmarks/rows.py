@@ -1,7 +1,8 @@
 """The optimisations, and the rows of a comparison, each with one more of them switched on.
 
 The first row, ``plain``, has all of them off: plain layers of torch and Detectron2's own parts,
-with the operators of mamba-ssm and causal-conv1d where these are installed.
+with the operators of mamba-ssm and causal-conv1d where these are installed; on a CPU, where these
+do not run, with the scan that steps from token to token.
 """
 
 from __future__ import annotations
@@ -90,7 +91,6 @@ SWITCHES = (
             (f"{BOTTOM_UP}.scan_backend", "mamba_ssm", "null"),
             (f"{BOTTOM_UP}.conv_backend", "causal_conv1d", "null"),
         ),
-        gpu=True,
     ),
     Switch(  # off: the kernel that PyTorch chooses by itself
         "attention", ((f"{BOTTOM_UP}.attention_backend", "pytorch", "null"),), gpu=True, half=True
@@ -201,6 +201,8 @@ def _has(config: DictConfig, key: str, off: str, on: str) -> bool:
 
 def _off(value: str, config: DictConfig, device: str, dtype: torch.dtype) -> str:
     """What a switch's value for off means here."""
+    if device == "cpu" and value in _OPERATORS:
+        return "reference" if value == "mamba_ssm" else "torch"
     if device == "cuda" and value in _OPERATORS:
         operator = OPERATORS[_OPERATORS[value]]
         tensors = [x.to(device) for x in operator.draw(Shape(1, 1, 8, 1), torch.float32)]
