@@ -199,7 +199,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize(("code", "last"), [(0, ["returned"]), (75, [])])
 def test_processes_tidy_and_end_before_python_is_torn_down(tmp_path, code, last):
-    """Where gloo's threads abort a process: seen in one run of hundreds, on busy cores."""
+    """While it is torn down, a thread of gloo that lags behind may abort the process."""
     script = tmp_path / "script.py"
     script.write_text(WORKER)
     process = start([sys.executable, script, code])
