@@ -201,9 +201,9 @@ def _has(config: DictConfig, key: str, off: str, on: str) -> bool:
 
 def _off(value: str, config: DictConfig, device: str, dtype: torch.dtype) -> str:
     """What a switch's value for off means here."""
-    if device == "cpu" and value in _OPERATORS:
-        return "reference" if value == "mamba_ssm" else "torch"
-    if device == "cuda" and value in _OPERATORS:
+    if value in _OPERATORS:
+        if device == "cpu":
+            return "reference" if value == "mamba_ssm" else "torch"
         operator = OPERATORS[_OPERATORS[value]]
         tensors = [x.to(device) for x in operator.draw(Shape(1, 1, 8, 1), torch.float32)]
         return "torch" if operator.obstacle(value, tensors) else value
