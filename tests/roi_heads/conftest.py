@@ -154,18 +154,25 @@ def train(monkeypatch):
 
     def step(heads, features, proposals, targets):
         samples, predictions = [], []
-        run_stage = heads._run_stage
+        sample = heads._sample
 
-        def spy(features, proposals, stage):
-            samples.append(proposals)
-            predictions.append(run_stage(features, proposals, stage))
-            return predictions[-1]
+        def spy(*args):
+            found = sample(*args)
+            samples.append(found.instances(targets))
+            return found
 
-        monkeypatch.setattr(heads, "_run_stage", spy)
+        def note(predictor, inputs, outputs):
+            count = sum(map(len, samples[-1]))  # after them comes padding
+            predictions.append(tuple(x[:count] for x in outputs))
+
+        monkeypatch.setattr(heads, "_sample", spy)
+        hooks = [p.register_forward_hook(note) for p in heads.box_predictor]
         with EventStorage() as storage:
             _, losses = heads.train()(None, features, proposals, targets)
             flush_scalars()
         monkeypatch.undo()
+        for hook in hooks:
+            hook.remove()
         return losses, samples, predictions, storage
 
     return step

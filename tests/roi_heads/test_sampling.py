@@ -11,15 +11,20 @@ BACKGROUND = 5
 
 def draw(classes, size=8, fraction=0.25):
     """The samples of each image, and how many of them are foreground."""
+    images = [torch.full_like(c, i) for i, c in enumerate(classes)]
     drawn, foreground, others = draw_samples(
         torch.cat(classes),
-        [len(c) for c in classes],
+        torch.cat(images),
+        len(classes),
         background=BACKGROUND,
         batch_size_per_image=size,
         positive_fraction=fraction,
     )
+    assert len(drawn) == size * len(classes)
+    foreground, others = torch.stack([foreground, others]).tolist()
     sizes = [f + b for f, b in zip(foreground, others)]
-    return drawn.split(sizes), foreground
+    assert (drawn[sum(sizes) :] == -1).all()
+    return drawn[: sum(sizes)].split(sizes), foreground
 
 
 def labels(foreground, background, ignored):
@@ -99,15 +104,16 @@ def test_the_seed_tells_what_is_drawn():
 
 
 @pytest.mark.cuda
-def test_a_gpu_draws_as_many_and_is_waited_for_once():
+def test_a_gpu_draws_as_many_and_is_not_waited_for():
     classes = [labels(9, 20, 3).cuda(), labels(1, 900, 0).cuda()]
-    torch.cuda.set_sync_debug_mode("warn")
+    options = {"background": BACKGROUND, "batch_size_per_image": 8, "positive_fraction": 0.25}
+    images = torch.cat([torch.full_like(c, i) for i, c in enumerate(classes)])
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        with pytest.warns(UserWarning, match="synchronizing") as caught:
-            samples, foreground = draw(classes)
+        draw_samples(torch.cat(classes), images, 2, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
+    samples, foreground = draw(classes)
     assert foreground == [2, 1]
     assert [len(s) for s in samples] == [8, 8]
     assert (torch.cat(classes)[torch.cat(samples)] != -1).all()

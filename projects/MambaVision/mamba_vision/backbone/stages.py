@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from ..training_graphs import TrainingGraphs
 from .attention import Attention
 from .blocks import ConvBlock, MixerBlock
-from .graphs import TrainingGraphs
 from .mixer import MambaVisionMixer
 from .windows import crop_windows, cut_windows, join_windows, window_shape
 
@@ -218,7 +218,7 @@ class WindowStage(Stage):
         compiled = torch.compiler.is_compiling()
         if compiled or self.graphs is None or self.activation_checkpointing:
             return super()._run_all(blocks, x)
-        return self.graphs(blocks, x)
+        return self.graphs(nn.Sequential(*blocks), x)
 
     def _mix(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]

@@ -7,26 +7,40 @@ module holds, and in nothing else.
 Shapes:
     N images; R RoIs of all images together, R_i those of image i, or M of each, the rest padding;
     K foreground classes; D detections of an image at most;
-    class logits (R, K + 1), background last; deltas (R, 4 K), class by class (dx, dy, dw, dh).
+    class logits (R, K + 1), background last; deltas (R, 4 K), class by class (dx, dy, dw, dh);
+    in training S samples of an image at most, N S of all with padding behind them, and G
+    ground-truth objects of an image with padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.modeling.roi_heads import CascadeROIHeads
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import UserError
 from ..proposals import image_bounds, to_device
-from .mask_head import SharedMasks
+from ..scalars import put_scalars
+from ..training_graphs import TrainingGraphs
+from .mask_head import MaskHead, SharedMasks
+from .predictor import ClassSpecificOutputLayers
 from .sampling import draw_samples
 from .selection import Detections
 
 __all__ = ["ClassSpecificCascadeROIHeads", "StageMaskHeads"]
+
+# Few shapes of what is recorded: proposals of all images come in multiples of this many,
+CANDIDATES = 512
+OBJECTS = 8  # and ground-truth objects of an image in this many, or twice, four times as many, ...
+FORMS = 8  # that are recorded of each part
 
 
 class StageMaskHeads(nn.ModuleList):
@@ -71,18 +85,26 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
     The weights of the stages' losses are options of the predictors and mask heads.
     """
 
-    def __init__(self, *, mask_heads: Sequence[nn.Module] | None = None, **kwargs) -> None:
+    def __init__(
+        self,
+        *,
+        mask_heads: Sequence[nn.Module] | None = None,
+        cuda_graphs: bool = True,
+        **kwargs,
+    ) -> None:
         """
         Args:
             mask_heads: one mask head for each stage, such as Detectron2's
                 ``MaskRCNNConvUpsampleHead``; they become ``mask_head.0``, ``mask_head.1``, ...
                 ``None`` leaves masks out, whatever ``mask_in_features`` says.
+            cuda_graphs: in training on a GPU record sampling, predictors, losses and mask heads,
+                and launch each pass of them as a CUDA graph. Changes no number.
             kwargs: as for ``CascadeROIHeads``, without ``mask_head`` and keypoints. The predictors
                 must be class-specific.
 
         Raises:
-            UserError: a predictor is class-agnostic, the number of mask heads is not that of
-                stages, or keypoints are asked for.
+            UserError: a predictor is class-agnostic, a matcher allows low-quality matches, the
+                number of mask heads is not that of stages, or keypoints are asked for.
         """
         if mask_heads is None:
             kwargs["mask_in_features"] = None
@@ -105,6 +127,20 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
                     f"numbers instead of 4 for each of {self.num_classes} classes; "
                     "leave cls_agnostic_bbox_reg off and give it the same num_classes"
                 )
+        for k, matcher in enumerate(self.proposal_matchers):
+            if matcher.allow_low_quality_matches:
+                raise UserError(
+                    f"roi_heads.proposal_matchers.{k}.allow_low_quality_matches is True, which is "
+                    "for anchors; set it to False"
+                )
+
+        def graphs() -> list[Call]:
+            return [TrainingGraphs(FORMS) if cuda_graphs else _call for _ in self.box_head]
+
+        self._sampling, self._ending = graphs(), graphs()
+        for head in self.mask_head if self.mask_on else ():
+            if isinstance(head, MaskHead) and cuda_graphs:
+                head.graphs = TrainingGraphs(FORMS)
 
     def forward(self, images, features, proposals, targets=None):
         """See :meth:`detectron2.modeling.roi_heads.ROIHeads.forward`.
@@ -114,33 +150,33 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
         """
         if not self.training:
             return super().forward(images, features, proposals)
+        objects = _pad_objects(targets)
+        bounds = image_bounds(to_device([p.image_size for p in proposals], objects.boxes.device))
+        boxes, images = _pad_candidates(proposals)
         first: list[Instances] = []
         losses: dict[str, Tensor] = {}
         for k in range(self.num_cascade_stages):
-            samples, foreground = self.label_and_sample_proposals(proposals, targets, k)
-            first = first or samples
-            predictions, flaw = _finite(self._run_stage(features, samples, k))
+            samples = self._sample(boxes, images, objects, k)
+            first = first or samples.instances(targets)
             with get_event_storage().name_scope(f"stage{k}"):
-                stage_losses = self.box_predictor[k].losses(predictions, samples)
-                stage_losses = {name: loss + flaw for name, loss in stage_losses.items()}
+                stage_losses, boxes = self._train_boxes(features, samples, targets, bounds, k)
+                images = samples.candidates
                 if self.mask_on:
+                    foreground = samples.foreground_instances(targets)
                     stage_losses |= self._mask_losses(features, foreground, targets, k)
             losses |= {f"{name}_stage{k}": loss for name, loss in stage_losses.items()}
-            if k + 1 < self.num_cascade_stages:
-                proposals = self._refine(predictions, samples, k)
         return first, losses
 
     @torch.no_grad()
     def label_and_sample_proposals(
         self, proposals: list[Instances], targets: list[Instances], stage: int = 0
-    ) -> tuple[list[Instances], list[Instances]]:
+    ) -> list[Instances]:
         """Match proposals at the IoU of ``stage`` and sample those to train it on.
 
         The CPU waits once for the GPU, to learn how many there are.
 
         Args:
-            proposals: N images' ``proposal_boxes``; those that ``is_ground_truth`` marks, if it is
-                there, are left out.
+            proposals: N images' ``proposal_boxes``.
             targets: N images' ``gt_boxes`` and ``gt_classes``.
             stage: cascade stage, from 0.
 
@@ -148,94 +184,63 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
             N images' samples, foreground first: ``proposal_boxes``, ``gt_classes`` (K for
             background), ``is_ground_truth`` (bool: a target added to the proposals) and, where the
             image has targets, ``gt_boxes`` and ``gt_index`` (the target's place among the image's
-            targets). Then the foreground alone.
+            targets).
         """
-        boxes, classes, matches, added = [], [], [], []
-        for given, target in zip(proposals, targets, strict=True):
-            own = given.proposal_boxes.tensor if len(given) else _whole_frame(given)
-            extra = target.gt_boxes.tensor[: None if self.proposal_append_gt else 0]
-            boxes.append(torch.cat([own, extra]))
-            iou = pairwise_iou(target.gt_boxes, Boxes(boxes[-1]))
-            match, label = self.proposal_matchers[stage](iou)
-            matches.append(match)
-            added.append(torch.arange(len(match), device=match.device) >= len(own))
-            classes.append(torch.full_like(match, self.num_classes))
-            if len(target):
-                classes[-1] = target.gt_classes[match].where(label == 1, self.num_classes)
-                classes[-1].masked_fill_(label == -1, -1)
-            if len(given) and given.has("is_ground_truth"):
-                classes[-1][: len(own)].masked_fill_(given.is_ground_truth, -1)
+        candidates = _pad_candidates(proposals)
+        return self._sample(*candidates, _pad_objects(targets), stage).instances(targets)
 
-        drawn, foreground, others = draw_samples(
-            torch.cat(classes),
-            [len(c) for c in classes],
-            background=self.num_classes,
+    @torch.no_grad()
+    def _sample(self, boxes: Tensor, images: Tensor, objects: _Objects, stage: int) -> _Samples:
+        """Sample candidates (C, 4) of the images (C,), -1 for those that may not be sampled."""
+        sampler = _Sampler(
+            self.proposal_matchers[stage],
+            num_classes=self.num_classes,
             batch_size_per_image=self.batch_size_per_image,
             positive_fraction=self.positive_fraction,
+            append_objects=self.proposal_append_gt,
         )
+        *found, counts = self._sampling[stage](sampler, boxes, images, *objects)
+        count = len(objects.counts)
+        numbers = counts.tolist()
+        samples = _Samples(*found, numbers[:count], numbers[count:])
         storage = get_event_storage()
         with storage.name_scope(f"stage{stage}"):
-            storage.put_scalar("roi_head/num_fg_samples", sum(foreground) / len(foreground))
-            storage.put_scalar("roi_head/num_bg_samples", sum(others) / len(others))
+            storage.put_scalar("roi_head/num_fg_samples", sum(samples.foreground) / count)
+            storage.put_scalar("roi_head/num_bg_samples", sum(samples.others) / count)
+        return samples
 
-        sizes = [f + b for f, b in zip(foreground, others, strict=True)]
-        parts = (torch.cat(x)[drawn].split(sizes) for x in (boxes, classes, matches, added))
-        samples = []
-        for target, boxes_i, classes_i, index, is_ground_truth in zip(targets, *parts, strict=True):
-            sample = Instances(target.image_size, proposal_boxes=Boxes(boxes_i))
-            sample.gt_classes, sample.is_ground_truth = classes_i, is_ground_truth
-            if len(target):
-                sample.gt_boxes, sample.gt_index = target.gt_boxes[index], index
-            samples.append(sample)
-        return samples, [s[:count] for s, count in zip(samples, foreground, strict=True)]
-
-    def _run_stage(self, features, proposals, stage):
-        """Class logits (R, K + 1) and deltas (R, 4 K) of one stage."""
-        features = [features[name] for name in self.box_in_features]
-        return self._predict(features, [p.proposal_boxes for p in proposals], stage)
+    def _train_boxes(
+        self,
+        features: dict[str, Tensor],
+        samples: _Samples,
+        targets: list[Instances],
+        bounds: Tensor,
+        stage: int,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The losses of a stage, and the boxes (N S, 4) that it makes of the samples."""
+        maps = [features[name] for name in self.box_in_features]
+        pooled = self.box_pooler(maps, [Boxes(boxes) for boxes in samples.of_images("boxes")])
+        x = self.box_head[stage](pooled)
+        missing = len(samples.floats) - len(x)
+        if missing:
+            x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing))
+        predictor = self.box_predictor[stage]
+        if isinstance(predictor, ClassSpecificOutputLayers):
+            losses, statistics, boxes = self._ending[stage](
+                _Ending(predictor), x, samples.floats, samples.integers, bounds
+            )
+            predictor.log(statistics)
+            return dict(zip(predictor.LOSSES, losses.unbind())), boxes
+        predictions, flaw = _finite(predictor(x))
+        count = len(samples)
+        known = tuple(p[:count] for p in predictions)
+        found = predictor.losses(known, samples.instances(targets))
+        boxes = _refine(predictor, predictions, samples.floats, samples.integers, bounds)
+        return {name: loss + flaw for name, loss in found.items()}, boxes
 
     def _predict(self, features: list[Tensor], boxes: list[Boxes], stage: int):
         pooled = self.box_pooler(features, boxes)
         return self.box_predictor[stage](self.box_head[stage](pooled))
-
-    @torch.no_grad()
-    def _refine(self, predictions, proposals: list[Instances], stage: int) -> list[Instances]:
-        """The next stage's proposals: each box moved by the deltas of its class and clipped.
-
-        Those that were ground truth stay, marked as such, and are not sampled again.
-        """
-        matched = torch.cat([p.gt_classes for p in proposals])
-        boxes = torch.cat([p.proposal_boxes.tensor for p in proposals])
-        boxes = self._move(predictions, boxes, torch.cat(_frames(proposals)), stage, matched)
-        return [
-            Instances(
-                used.image_size, proposal_boxes=Boxes(moved), is_ground_truth=used.is_ground_truth
-            )
-            for used, moved in zip(proposals, boxes.split([len(p) for p in proposals]), strict=True)
-        ]
-
-    def _move(
-        self,
-        predictions: tuple[Tensor, Tensor],
-        boxes: Tensor,
-        frames: Tensor,
-        stage: int,
-        matched: Tensor | None = None,
-    ) -> Tensor:
-        """The boxes (R, 4), moved by the deltas of their classes and clipped to their ``frames``.
-
-        The class is the one in ``matched`` (R,), if it is given and a foreground class, else the
-        foreground class of highest logit.
-        """
-        logits, deltas = predictions
-        classes = logits[:, :-1].argmax(dim=1)
-        if matched is not None:
-            classes = torch.where(matched < self.num_classes, matched, classes)
-        deltas = deltas.view(-1, self.num_classes, 4)
-        deltas = deltas[torch.arange(len(deltas), device=deltas.device), classes]
-        moved = self.box_predictor[stage].box2box_transform.apply_deltas(deltas, boxes)
-        # A box of numbers that are none would be pooled from anywhere.
-        return moved.nan_to_num(nan=0.0).clamp(min=0).minimum(frames)
 
     def _forward_box(self, features, proposals, targets=None):
         """Detections of N images at test time: the stages' mean logits, the last one's boxes."""
@@ -289,7 +294,7 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
             logits, deltas = self._predict(maps, [Boxes(b) for b in boxes.split(counts)], k)
             all_logits.append(logits)
             if k + 1 < self.num_cascade_stages:
-                boxes = self._move((logits, deltas), boxes, frames, k)
+                boxes = _move(self.box_predictor[k], (logits, deltas), boxes, frames)
         return (torch.stack(all_logits).mean(dim=0), deltas), list(boxes.split(counts))
 
     def run_masks(self, features: dict[str, Tensor], boxes: Tensor, classes: Tensor) -> Tensor:
@@ -320,6 +325,253 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
             [x.proposal_boxes for x in foreground],
         )
         return self.mask_head[stage](pooled, foreground)
+
+
+Call = Callable[..., Any]  # a module with inputs, as TrainingGraphs does
+
+
+def _call(module: nn.Module, *inputs: Tensor) -> Any:
+    return module(*inputs)
+
+
+class _Objects(NamedTuple):
+    """The ground truth of N images."""
+
+    boxes: Tensor  # (N, G, 4), then zeros
+    classes: Tensor  # (N, G)
+    counts: Tensor  # how many an image has, (N,)
+
+
+@dataclass
+class _Samples:
+    """What a stage is trained on: image by image, foreground first, and padding after all."""
+
+    floats: Tensor  # boxes and those of the objects, (N S, 8); 0 in the padding
+    integers: Tensor  # (N S, 5); -1 in the padding, see COLUMNS
+    foreground: list[int]  # of each image
+    others: list[int]
+
+    # The class, K for background; the object's place among the image's; the image; whether the box
+    # is a ground-truth object's; and whose candidate it is in the next stage, -1 for no one's.
+    COLUMNS = ("classes", "index", "images", "is_ground_truth", "candidates")
+
+    def __len__(self) -> int:
+        return sum(self.foreground) + sum(self.others)
+
+    @property
+    def candidates(self) -> Tensor:
+        return self.integers[:, self.COLUMNS.index("candidates")]
+
+    def of_images(self, name: str) -> list[Tensor]:
+        """A column, image by image."""
+        if name in self.COLUMNS:
+            column = self.integers[:, self.COLUMNS.index(name)]
+        else:
+            column = self.floats[:, :4] if name == "boxes" else self.floats[:, 4:]
+        sizes = [f + b for f, b in zip(self.foreground, self.others, strict=True)]
+        return list(column[: len(self)].split(sizes))
+
+    def instances(self, targets: list[Instances]) -> list[Instances]:
+        """See :meth:`ClassSpecificCascadeROIHeads.label_and_sample_proposals`."""
+        names = ("boxes", "objects", "classes", "index", "is_ground_truth")
+        columns = [self.of_images(name) for name in names]
+        instances = []
+        for target, boxes, objects, classes, index, added in zip(targets, *columns, strict=True):
+            sample = Instances(target.image_size, proposal_boxes=Boxes(boxes))
+            sample.gt_classes, sample.is_ground_truth = classes, added == 1
+            if len(target):
+                sample.gt_boxes, sample.gt_index = Boxes(objects), index
+            instances.append(sample)
+        return instances
+
+    def foreground_instances(self, targets: list[Instances]) -> list[Instances]:
+        """The foreground of N images: ``proposal_boxes``, ``gt_classes`` and ``gt_index``."""
+        columns = [self.of_images(name) for name in ("boxes", "classes", "index")]
+        return [
+            Instances(
+                target.image_size,
+                proposal_boxes=Boxes(boxes[:count]),
+                gt_classes=classes[:count],
+                gt_index=index[:count],
+            )
+            for target, count, boxes, classes, index in zip(
+                targets, self.foreground, *columns, strict=True
+            )
+        ]
+
+
+class _Sampler(nn.Module):
+    """Matches candidates with objects and samples them; waits for nothing.
+
+    Args:
+        matcher: of IoUs.
+        num_classes: K.
+        batch_size_per_image: S.
+        positive_fraction: the largest share of foreground.
+        append_objects: whether the objects are candidates, too.
+    """
+
+    def __init__(
+        self,
+        matcher: Call,
+        *,
+        num_classes: int,
+        batch_size_per_image: int,
+        positive_fraction: float,
+        append_objects: bool,
+    ) -> None:
+        super().__init__()
+        self.matcher = matcher
+        self.num_classes = num_classes
+        self.batch_size_per_image = batch_size_per_image
+        self.positive_fraction = positive_fraction
+        self.append_objects = append_objects
+
+    def forward(
+        self,
+        boxes: Tensor,
+        images: Tensor,
+        gt_boxes: Tensor,
+        gt_classes: Tensor,
+        gt_counts: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The ``floats`` and ``integers`` of samples, and how many are foreground and others.
+
+        Args:
+            boxes: candidates, (C, 4).
+            images: whose they are, (C,); -1 for those not to be sampled.
+            gt_boxes, gt_classes, gt_counts: see :class:`_Objects`.
+        """
+        count, most = gt_classes.shape
+        given = len(boxes)
+        if self.append_objects:
+            there = torch.arange(most, device=boxes.device) < gt_counts[:, None]
+            numbers = torch.arange(count, device=boxes.device)[:, None].expand(count, most)
+            boxes = torch.cat([boxes, gt_boxes.flatten(0, 1)])
+            images = torch.cat([images, numbers.where(there, -1).flatten()])
+        owners = images.clamp(min=0)
+        index, labels = self.matcher(_iou(gt_boxes[owners], boxes[:, None]).T)
+        classes = gt_classes[owners, index].where(labels == 1, self.num_classes)
+        classes = classes.masked_fill((labels == -1) | (images < 0), -1)
+        places, foreground, others = draw_samples(
+            classes,
+            owners,
+            count,
+            background=self.num_classes,
+            batch_size_per_image=self.batch_size_per_image,
+            positive_fraction=self.positive_fraction,
+        )
+        added = torch.arange(len(boxes), device=boxes.device) >= given
+        columns = [classes, index, images, added.to(torch.int64), images.masked_fill(added, -1)]
+        padding = (places < 0)[:, None]
+        places = places.clamp(min=0)
+        floats = torch.cat([boxes, gt_boxes[owners, index]], dim=1)[places]
+        integers = torch.stack(columns, dim=1)[places]
+        return (
+            floats.masked_fill(padding, 0),
+            integers.masked_fill(padding, -1),
+            torch.cat([foreground, others]),
+        )
+
+
+class _Ending(nn.Module):
+    """What a stage does after its box head: losses, statistics and the boxes refined.
+
+    Args:
+        predictor: the stage's.
+    """
+
+    def __init__(self, predictor: ClassSpecificOutputLayers) -> None:
+        super().__init__()
+        self.predictor = predictor
+
+    def forward(
+        self, x: Tensor, floats: Tensor, integers: Tensor, bounds: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``ClassSpecificOutputLayers.sum_up`` for the first two; then boxes (N S, 4).
+
+        Args:
+            x: from the box head, (N S, ...).
+            floats, integers: see :class:`_Samples`.
+            bounds: of the images, (N, 4).
+        """
+        predictions, flaw = _finite(self.predictor(x))
+        losses, statistics = self.predictor.sum_up(
+            predictions, floats[:, :4], integers[:, 0], floats[:, 4:]
+        )
+        boxes = _refine(self.predictor, predictions, floats, integers, bounds)
+        return losses + flaw, statistics, boxes
+
+
+@torch.no_grad()
+def _refine(
+    predictor: nn.Module,
+    predictions: tuple[Tensor, ...],
+    floats: Tensor,
+    integers: Tensor,
+    bounds: Tensor,
+) -> Tensor:
+    """The next stage's candidates: each box moved by the deltas of its class and clipped."""
+    frames = bounds[integers[:, 2]]  # the padding's does not matter
+    return _move(predictor, predictions, floats[:, :4], frames, integers[:, 0])
+
+
+def _move(
+    predictor: nn.Module,
+    predictions: tuple[Tensor, ...],
+    boxes: Tensor,
+    frames: Tensor,
+    matched: Tensor | None = None,
+) -> Tensor:
+    """The boxes (R, 4), moved by the deltas of their classes and clipped to their ``frames``.
+
+    The class is the one in ``matched`` (R,), if it is given and a foreground class, else the
+    foreground class of highest logit.
+    """
+    logits, deltas = predictions
+    count = logits.shape[1] - 1
+    classes = logits[:, :-1].argmax(dim=1)
+    if matched is not None:
+        classes = torch.where(matched < count, matched, classes)
+    deltas = deltas.view(-1, count, 4)
+    deltas = deltas[torch.arange(len(deltas), device=deltas.device), classes]
+    moved = predictor.box2box_transform.apply_deltas(deltas, boxes)
+    # A box of numbers that are none would be pooled from anywhere.
+    return moved.nan_to_num(nan=0.0).clamp(min=0).minimum(frames)
+
+
+def _iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoUs of boxes (..., 4) with others, as Detectron2's ``pairwise_iou`` computes them."""
+    starts = torch.maximum(boxes[..., :2], others[..., :2])
+    ends = torch.minimum(boxes[..., 2:], others[..., 2:])
+    width, height = (ends - starts).clamp(min=0).unbind(dim=-1)
+    common = width * height
+    area, other = ((x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (boxes, others))
+    return torch.where(common > 0, common / (area + other - common), 0)
+
+
+def _pad_candidates(proposals: list[Instances]) -> tuple[Tensor, Tensor]:
+    """Proposals of all images, (C, 4), and whose they are, (C,), -1 for padding."""
+    boxes = [p.proposal_boxes.tensor if len(p) else _whole_frame(p) for p in proposals]
+    ends = list(accumulate(len(b) for b in boxes))
+    device = boxes[0].device
+    count = -(-ends[-1] // CANDIDATES) * CANDIDATES
+    numbers = torch.arange(count, dtype=torch.float32, device=device)
+    images = torch.searchsorted(to_device(ends, device), numbers, right=True)
+    images = images.masked_fill(images == len(boxes), -1)
+    return F.pad(torch.cat(boxes), (0, 0, 0, count - ends[-1])), images
+
+
+def _pad_objects(targets: list[Instances]) -> _Objects:
+    counts = [len(target) for target in targets]
+    most = OBJECTS
+    while most < max(counts):
+        most *= 2
+    boxes = targets[0].gt_boxes.tensor.new_zeros(len(targets), most, 4)
+    classes = targets[0].gt_classes.new_zeros(len(targets), most)
+    for target, count, boxes_i, classes_i in zip(targets, counts, boxes, classes, strict=True):
+        boxes_i[:count], classes_i[:count] = target.gt_boxes.tensor, target.gt_classes
+    return _Objects(boxes, classes, to_device(counts, boxes.device))
 
 
 def _finite(predictions: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -9,13 +9,21 @@ from __future__ import annotations
 import torch
 from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Instances, PolygonMasks
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from ..scalars import put_scalars
+from ..training_graphs import TrainingGraphs
 
 __all__ = ["MaskHead", "SharedMasks"]
+
+ROWS = 64  # recorded are multiples of this many RoIs
+STATISTICS = (  # Detectron2's names
+    "mask_rcnn/accuracy",
+    "mask_rcnn/false_positive",
+    "mask_rcnn/false_negative",
+)
 
 
 class SharedMasks:
@@ -52,7 +60,12 @@ class MaskHead(MaskRCNNConvUpsampleHead):
 
     Detectron2 fetches each of the statistics, for which the CPU waits until the GPU is done with
     all that it was given before. With a ``vis_period``, which draws masks, it does so here, too.
+
+    Attributes:
+        graphs: to call it by in training, if not None.
     """
+
+    graphs: TrainingGraphs | None = None
 
     def forward(self, x: Tensor, instances: list[Instances]) -> dict[str, Tensor] | list[Instances]:
         """See :meth:`detectron2.modeling.roi_heads.BaseMaskRCNNHead.forward`.
@@ -62,34 +75,64 @@ class MaskHead(MaskRCNNConvUpsampleHead):
         """
         if not self.training or self.vis_period:
             return super().forward(x, instances)
-        logits = self.layers(x)
-        if len(logits) == 0:
-            return {"loss_mask": logits.sum() * 0}
+        if len(x) == 0:
+            return {"loss_mask": self.layers(x).sum() * 0}
         some = [i for i in instances if len(i)]
-        masks = torch.cat(
-            [i.gt_masks.crop_and_resize(i.proposal_boxes.tensor, logits.shape[2]) for i in some]
-        ).to(logits.device)
-        if logits.shape[1] > 1:
-            classes = torch.cat([i.gt_classes for i in some])
-            logits = logits[torch.arange(len(logits), device=logits.device), classes]
+        classes = torch.cat([i.gt_classes for i in some])
+        size = 2 * x.shape[-1]  # after the deconvolution
+        masks = [i.gt_masks.crop_and_resize(i.proposal_boxes.tensor, size) for i in some]
+        masks = torch.cat(masks).to(x.device)
+        ending = _Ending(self)
+        if self.graphs is None or not self.graphs.records(x):
+            loss, statistics = ending(x, classes, masks)
         else:
-            logits = logits[:, 0]
-        _put_statistics(logits, masks)
-        loss = F.binary_cross_entropy_with_logits(logits, masks.to(torch.float32))
-        return {"loss_mask": loss * self.loss_weight}
+            more = -len(x) % ROWS
+            x, masks = (F.pad(t, (0, 0) * (t.dim() - 1) + (0, more)) for t in (x, masks))
+            loss, statistics = self.graphs(ending, x, F.pad(classes, (0, more), value=-1), masks)
+        put_scalars(dict(zip(STATISTICS, statistics.unbind())))
+        return {"loss_mask": loss}
+
+
+class _Ending(nn.Module):
+    """A mask head's layers, and its loss and statistics.
+
+    Args:
+        head: the mask head.
+    """
+
+    def __init__(self, head: MaskHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor, classes: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted loss and the ``STATISTICS``.
+
+        Args:
+            x: pooled features, (R, C, H, W).
+            classes: (R,); -1 for padding.
+            masks: bool, (R, M, M).
+        """
+        logits = self.head.layers(x)
+        own = classes.clamp(min=0) if logits.shape[1] > 1 else torch.zeros_like(classes)
+        logits = logits[torch.arange(len(logits), device=logits.device), own]
+        there = (classes >= 0)[:, None, None].expand_as(masks)
+        apart = F.binary_cross_entropy_with_logits(logits, masks.to(torch.float32), reduction="none")
+        loss = apart.where(there, 0).sum() / there.sum()
+        return loss * self.head.loss_weight, _statistics(logits, masks, there)
 
 
 @torch.no_grad()
-def _put_statistics(logits: Tensor, masks: Tensor) -> None:
-    """Log how many pixels are right, under Detectron2's names."""
-    wrong = (logits > 0) != masks
-    counts = torch.stack([wrong, wrong & masks, masks]).sum(dim=(1, 2, 3))
-    missed, inside = counts[1:]
-    put_scalars(
-        {
-            "mask_rcnn/accuracy": 1 - counts[0] / masks.numel(),
-            "mask_rcnn/false_positive": (counts[0] - missed)
-            / (masks.numel() - inside).clamp(min=1),
-            "mask_rcnn/false_negative": missed / inside.clamp(min=1),
-        }
+def _statistics(logits: Tensor, masks: Tensor, there: Tensor) -> Tensor:
+    """How many pixels are right."""
+    wrong = ((logits > 0) != masks) & there
+    inside = masks & there
+    counts = torch.stack([wrong, wrong & inside, inside, there]).sum(dim=(1, 2, 3))
+    wrong, missed, inside, total = counts.unbind()
+    outside = total - inside
+    return torch.stack(
+        [
+            1 - wrong / total,
+            (wrong - missed) / outside.clamp(min=1),
+            missed / inside.clamp(min=1),
+        ]
     )

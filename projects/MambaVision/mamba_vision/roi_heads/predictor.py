@@ -8,10 +8,10 @@ Shapes:
 from __future__ import annotations
 
 import torch
-from detectron2.layers import cross_entropy
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import UserError
@@ -29,6 +29,13 @@ class ClassSpecificOutputLayers(FastRCNNOutputLayers):
     waits until the GPU is done with all that it was given before. Here the box loss is a sum over
     all RoIs, in which background counts nothing, and all boxes go through NMS, class by class.
     """
+
+    LOSSES = ("loss_cls", "loss_box_reg")
+    STATISTICS = (  # Detectron2's names
+        "fast_rcnn/cls_accuracy",
+        "fast_rcnn/fg_cls_accuracy",
+        "fast_rcnn/false_negative",
+    )
 
     def __init__(self, *args, box_reg_loss_type: str = "giou", **kwargs) -> None:
         """
@@ -127,14 +134,32 @@ class ClassSpecificOutputLayers(FastRCNNOutputLayers):
             ``loss_cls``, the mean cross entropy, and ``loss_box_reg``, the sum of 1 - GIoU over the
             foreground divided by R; weighted.
         """
-        logits, deltas = predictions
         classes = torch.cat([p.gt_classes for p in proposals])
         boxes = torch.cat([p.proposal_boxes.tensor for p in proposals])
         objects = torch.cat(
             [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
         )
+        losses, statistics = self.sum_up(predictions, boxes, classes, objects)
+        self.log(statistics)
+        return dict(zip(self.LOSSES, losses.unbind()))
+
+    def sum_up(
+        self, predictions: tuple[Tensor, ...], boxes: Tensor, classes: Tensor, objects: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The losses and statistics of samples; does not wait for the GPU.
+
+        Args:
+            predictions: class logits (R, K + 1) and deltas (R, 4 K).
+            boxes: the samples', (R, 4).
+            classes: K for background, (R,); -1 for a row that is no sample.
+            objects: the boxes of the objects matched, (R, 4).
+
+        Returns:
+            ``LOSSES``, weighted, and ``STATISTICS``.
+        """
+        logits, deltas = predictions
+        count = (classes >= 0).sum()
         foreground = (classes >= 0) & (classes < self.num_classes)
-        _put_statistics(logits, classes, foreground)
 
         own = classes.clamp(0, self.num_classes - 1)[:, None, None].expand(-1, 1, 4)
         deltas = deltas.view(-1, self.num_classes, 4).gather(1, own).squeeze(1)
@@ -142,11 +167,14 @@ class ClassSpecificOutputLayers(FastRCNNOutputLayers):
         inside = foreground[:, None]
         moved = self.box2box_transform.apply_deltas(deltas.where(inside, 0), boxes)
         apart = giou_loss(moved, objects.where(inside, boxes))
-        losses = {
-            "loss_cls": cross_entropy(logits, classes, reduction="mean"),
-            "loss_box_reg": apart.where(foreground, 0).sum() / max(len(classes), 1),
-        }
-        return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
+        cross_entropy = F.cross_entropy(logits, classes, ignore_index=-1, reduction="sum")
+        sums = {"loss_cls": cross_entropy, "loss_box_reg": apart.where(foreground, 0).sum()}
+        losses = [sums[k] * self.loss_weight.get(k, 1.0) / count.clamp(min=1) for k in self.LOSSES]
+        return torch.stack(losses), _statistics(logits, classes, foreground, count)
+
+    def log(self, statistics: Tensor) -> None:
+        """Log the ``STATISTICS``; without foreground those of it are NaN."""
+        put_scalars(dict(zip(self.STATISTICS, statistics.unbind())))
 
 
 def giou_loss(boxes: Tensor, others: Tensor) -> Tensor:
@@ -179,18 +207,9 @@ def giou_loss(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _put_statistics(logits: Tensor, classes: Tensor, foreground: Tensor) -> None:
-    """Log accuracies under Detectron2's names; without foreground those of it are NaN."""
+def _statistics(logits: Tensor, classes: Tensor, foreground: Tensor, count: Tensor) -> Tensor:
     predicted = logits.argmax(dim=1)
     right = predicted == classes
     missed = predicted == logits.shape[1] - 1
     counts = torch.stack([right, right & foreground, missed & foreground, foreground]).sum(dim=1)
-    accuracy = counts[0] / len(classes)
-    of_foreground = counts[1:3] / counts[3]
-    put_scalars(
-        {
-            "fast_rcnn/cls_accuracy": accuracy,
-            "fast_rcnn/fg_cls_accuracy": of_foreground[0],
-            "fast_rcnn/false_negative": of_foreground[1],
-        }
-    )
+    return torch.cat([counts[:1] / count, counts[1:3] / counts[3]])
