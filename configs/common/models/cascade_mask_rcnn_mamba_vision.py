@@ -5,11 +5,11 @@
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 
 from mamba_vision.backbone import VARIANTS as _VARIANTS
 from mamba_vision.backbone import MambaVision
+from mamba_vision.box_regression import Box2BoxTransform
 from mamba_vision.matcher import Matcher
 from mamba_vision.proposal_generator import RPN, AnchorGenerator
 from mamba_vision.roi_heads import (
@@ -43,6 +43,7 @@ model.backbone.bottom_up = bottom_up("tiny")
 
 model.proposal_generator.anchor_generator._target_ = AnchorGenerator
 model.proposal_generator.anchor_matcher._target_ = Matcher
+model.proposal_generator.box2box_transform._target_ = Box2BoxTransform
 model.proposal_generator.head.in_channels = "${...backbone.out_channels}"
 model.proposal_generator.update(
     _target_=RPN,

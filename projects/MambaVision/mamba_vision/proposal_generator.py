@@ -13,15 +13,19 @@ import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.proposal_generator import RPN as _RPN
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
-from detectron2.structures import Boxes, ImageList, Instances
-from fvcore.nn import smooth_l1_loss
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from detectron2.utils.memory import retry_if_cuda_oom
 from torch import Tensor
 from torch.nn import functional as F
 
+from .matcher import Matcher
 from .proposals import select_proposals, to_device
 from .scalars import put_scalars
 
 __all__ = ["RPN", "AnchorGenerator"]
+
+# Of objects and anchors, up to which images are matched together. IoUs of more fill the memory.
+_PAIRS = 2**25
 
 
 class AnchorGenerator(DefaultAnchorGenerator):
@@ -34,14 +38,12 @@ class AnchorGenerator(DefaultAnchorGenerator):
         """One (R, 4) tensor per level, of H x W cells in ``grid_sizes``; x0 y0 x1 y1 in pixels."""
         grids = []
         for (height, width), stride, cell in zip(grid_sizes, self.strides, self.cell_anchors):
-            anchors = cell.new_empty(height, width, len(cell), 4)
-            for axis, side in enumerate((width, height)):
-                centers = torch.arange(
-                    self.offset * stride, side * stride, stride, device=cell.device
-                ).to(cell.dtype)
-                centers = centers.view(-1, 1, 1) if axis == 0 else centers.view(-1, 1, 1, 1)
-                anchors[..., axis::2] = centers + cell[:, axis::2]
-            grids.append(anchors.view(-1, 4))
+            end = max(height, width) * stride
+            centers = torch.arange(self.offset * stride, end, stride, device=cell.device)
+            both = centers.to(cell.dtype)[:, None, None] + cell
+            x, y = both[:width, :, 0::2], both[:height, None, :, 1::2]
+            shape = height, width, len(cell), 2
+            grids.append(torch.stack([x.expand(shape), y.expand(shape)], dim=-1).view(-1, 4))
         return grids
 
 
@@ -103,15 +105,59 @@ class RPN(_RPN):
         )
         return self.select(*found, image_sizes)
 
+    @torch.no_grad()
+    def label_and_sample_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """See :meth:`detectron2.modeling.proposal_generator.RPN.label_and_sample_anchors`."""
+        if not isinstance(self.anchor_matcher, Matcher):
+            return super().label_and_sample_anchors(anchors, gt_instances)
+        every = Boxes.cat(anchors)
+        counts = [len(image) for image in gt_instances]
+        if len(counts) > 1 and sum(counts) * len(every) > _PAIRS:
+            found = [self.label_and_sample_anchors(anchors, [image]) for image in gt_instances]
+            return [labels for (labels,), _ in found], [boxes for _, (boxes,) in found]
+
+        objects = Boxes.cat([image.gt_boxes for image in gt_instances])
+        iou = retry_if_cuda_oom(pairwise_iou)(objects, every)
+        found = retry_if_cuda_oom(self.anchor_matcher.match_images)(iou, counts)
+        del iou
+        matches, labels = (x.to(every.device) for x in found)  # from the CPU if memory was short
+        if self.anchor_boundary_thresh >= 0:
+            sizes = [image.image_size for image in gt_instances]
+            labels.masked_fill_(~self._inside(every.tensor, sizes), -1)
+        boxes = [
+            of_image[index] if len(of_image) else torch.zeros_like(every.tensor)
+            for of_image, index in zip(objects.tensor.split(counts), matches, strict=True)
+        ]
+        return list(self._subsample_labels(labels)), boxes
+
+    def _inside(self, anchors: Tensor, image_sizes: list[tuple[int, int]]) -> Tensor:
+        """Which anchors (R, 4) lie inside each image but for ``anchor_boundary_thresh``; (N, R)."""
+        margin = self.anchor_boundary_thresh
+        ends = [(width + margin, height + margin) for height, width in image_sizes]
+        before_end = anchors[:, 2:] < to_device(ends, anchors.device)[:, None]
+        return (anchors[:, :2] >= -margin).all(dim=1) & before_end.all(dim=2)
+
     def _subsample_labels(self, label: Tensor) -> Tensor:
-        """Keep a random sample of the labels 0 and 1 of an image's anchors; the others become -1.
+        """Keep a random sample of the labels 0 and 1 of each image; the others become -1, in place.
 
         Of ``batch_size_per_image`` up to the share ``positive_fraction`` are positive, and as many
         as are left negative.
+
+        Args:
+            label: of an image's anchors, (R,), or of N images', (N, R).
         """
         total = self.batch_size_per_image
-        positive = _random_subset(label == 1, int(total * self.positive_fraction))
-        negative = _random_subset(label == 0, total, total - positive.sum())
+        others = torch.stack([label != 1, label != 0])
+        keys = torch.rand(others.shape, device=label.device).masked_fill_(others, -1)
+        keys, places = keys.topk(min(total, label.shape[-1]), dim=-1)
+        chosen = keys >= 0
+        positive, negative = chosen
+        positive[..., int(total * self.positive_fraction) :] = False
+        left = total - positive.sum(dim=-1, keepdim=True)
+        negative &= torch.arange(negative.shape[-1], device=label.device) < left
+        positive, negative = torch.zeros_like(others).scatter_(-1, places, chosen)
         return label.fill_(-1).masked_fill_(positive, 1).masked_fill_(negative, 0)
 
     def losses(
@@ -127,30 +173,40 @@ class RPN(_RPN):
             return super().losses(
                 anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes
             )
-        labels = torch.stack(gt_labels)
-        count = min(labels.shape[1], self.batch_size_per_image)
-        # (N, S): the places of the sampled anchors, and of some others where these are fewer.
-        places = (labels >= 0).to(torch.uint8).topk(count, dim=1).indices
-        labels = labels.gather(1, places)
-        _log_samples(labels)
+        images = len(gt_labels)
+        labels = torch.cat(gt_labels)
+        count = min(len(labels), images * self.batch_size_per_image)
+        # (S,): the places of the sampled anchors of all images; where these are fewer, the last
+        # place fills up.
+        ranks = torch.arange(1, count + 1, device=labels.device)
+        places = torch.searchsorted((labels >= 0).cumsum(dim=0), ranks)
+        filler = places == len(labels)
+        places.clamp_(max=len(labels) - 1)
+        labels = labels[places].masked_fill_(filler, -1)
+        positive, negative = labels == 1, labels == 0
+        counts = torch.stack([positive, negative]).sum(dim=1) / images
+        put_scalars(dict(zip(("rpn/num_pos_anchors", "rpn/num_neg_anchors"), counts)))
 
-        logits = torch.cat(pred_objectness_logits, dim=1).gather(1, places)
+        logits = torch.cat(pred_objectness_logits, dim=1).flatten().index_select(0, places)
         classification = F.binary_cross_entropy_with_logits(
-            logits, (labels == 1).to(torch.float32), reduction="none"
+            logits, positive.to(torch.float32), reduction="none"
         )
-        corners = places[..., None].expand(-1, -1, 4)
-        deltas = torch.cat(pred_anchor_deltas, dim=1).gather(1, corners)
-        sources = torch.cat([level.tensor for level in anchors])[places]
-        positive = (labels == 1)[..., None]
-        objects = torch.stack(gt_boxes).gather(1, corners).where(positive, sources)
-        targets = self.box2box_transform.get_deltas(sources.flatten(0, 1), objects.flatten(0, 1))
-        localization = smooth_l1_loss(deltas, targets.view_as(sources), beta=self.smooth_l1_beta)
+        # Both are masked, not their loss, which at a NaN would have a gradient all the same.
+        others = (labels != 1)[:, None]
+        deltas = torch.cat(pred_anchor_deltas, dim=1).flatten(0, 1).index_select(0, places)
+        deltas = deltas.float().masked_fill_(others, 0)
+        sources = torch.cat([level.tensor for level in anchors])
+        targets = self.box2box_transform.get_deltas(
+            sources[places % len(sources)], torch.cat(gt_boxes)[places]
+        ).masked_fill_(others, 0)
         sums = {
-            "loss_rpn_cls": classification.where(labels >= 0, 0).sum(),
-            "loss_rpn_loc": localization.where(positive, 0).sum(),
+            "loss_rpn_cls": classification.masked_fill_(filler, 0).sum(),
+            "loss_rpn_loc": F.smooth_l1_loss(
+                deltas, targets, beta=self.smooth_l1_beta, reduction="sum"
+            ),
         }
-        scale = self.batch_size_per_image * len(labels)
-        return {name: x / scale * self.loss_weight.get(name, 1.0) for name, x in sums.items()}
+        scale = images * self.batch_size_per_image
+        return {name: x * (self.loss_weight.get(name, 1.0) / scale) for name, x in sums.items()}
 
     @torch.no_grad()
     def predict_proposals(
@@ -238,19 +294,3 @@ def _instances(
         Instances(size, proposal_boxes=Boxes(boxes_i[:n]), objectness_logits=logits_i[:n])
         for size, boxes_i, logits_i, n in zip(sizes, boxes, logits, counts.tolist(), strict=True)
     ]
-
-
-def _random_subset(candidates: Tensor, count: int, limit: Tensor | None = None) -> Tensor:
-    """A mask of ``count`` candidates, at most ``limit``, or all there are; masks are bool, (R,)."""
-    keys = torch.rand(candidates.shape, device=candidates.device).masked_fill_(~candidates, -1)
-    keys, places = keys.topk(min(count, len(keys)))
-    chosen = keys >= 0
-    if limit is not None:
-        chosen &= torch.arange(len(chosen), device=chosen.device) < limit
-    return torch.zeros_like(candidates).scatter_(0, places, chosen)
-
-
-def _log_samples(labels: Tensor) -> None:
-    """Log how many anchors of an image are sampled, on the average of N; labels are (N, S)."""
-    counts = torch.stack([labels == 1, labels == 0]).sum(dim=(1, 2)) / len(labels)
-    put_scalars(dict(zip(("rpn/num_pos_anchors", "rpn/num_neg_anchors"), counts)))

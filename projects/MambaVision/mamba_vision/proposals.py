@@ -49,7 +49,8 @@ def select_proposals(
     edges = image_bounds(image_sizes.to(boxes.dtype))[:, None]
     clipped = boxes.clamp(min=0).minimum(edges)
     large = (clipped[..., 2:] - clipped[..., :2] > min_box_size).all(dim=2)
-    usable = boxes.isfinite().all(dim=2) & logits.isfinite() & large
+    finite = boxes.abs().amax(dim=2).maximum(logits.abs()) < torch.inf
+    usable = finite & large
 
     boxes = _pad_levels(clipped, level_sizes, 0)
     logits = _pad_levels(logits.where(usable, -torch.inf), level_sizes, -torch.inf)
@@ -67,11 +68,12 @@ def select_proposals(
 
 def _pad_levels(x: Tensor, level_sizes: Sequence[int], filler: float) -> Tensor:
     """(N, K, ...) as (N, L, n, ...)."""
-    shape = (len(x), len(level_sizes), max(level_sizes), *x.shape[2:])
-    padded = x.new_full(shape, filler)
-    for level, part in enumerate(x.split(list(level_sizes), dim=1)):
-        padded[:, level, : part.shape[1]] = part
-    return padded
+    most = max(level_sizes)
+    padding = x.new_full((len(x), most - min(level_sizes), *x.shape[2:]), filler)
+    parts = []
+    for part in x.split(list(level_sizes), dim=1):
+        parts += [part, padding[:, : most - part.shape[1]]]
+    return torch.cat(parts, dim=1).unflatten(1, (len(level_sizes), most))
 
 
 def image_bounds(image_sizes: Tensor) -> Tensor:

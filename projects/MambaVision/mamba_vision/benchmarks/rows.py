@@ -34,6 +34,10 @@ ANCHORS = (
     "mamba_vision.proposal_generator.AnchorGenerator",
 )
 MATCHERS = ("detectron2.modeling.matcher.Matcher", "mamba_vision.matcher.Matcher")
+TRANSFORMS = (
+    "detectron2.modeling.box_regression.Box2BoxTransform",
+    "mamba_vision.box_regression.Box2BoxTransform",
+)
 PREDICTORS = (
     "detectron2.modeling.roi_heads.FastRCNNOutputLayers",
     "mamba_vision.roi_heads.ClassSpecificOutputLayers",
@@ -111,6 +115,16 @@ SWITCHES = (
             *((f"{ROI_HEADS}.proposal_matchers.{k}._target_", *MATCHERS) for k in range(3)),
         ),
         training=True,
+    ),
+    Switch(
+        "box_transform",
+        (
+            (f"{RPN}.box2box_transform._target_", *TRANSFORMS),
+            *(
+                (f"{ROI_HEADS}.box_predictors.{k}.box2box_transform._target_", *TRANSFORMS)
+                for k in range(3)
+            ),
+        ),
     ),
     Switch(
         "predictors",
