@@ -256,15 +256,13 @@ def round_weights(model):
 
 def agnostic_refinement(model):
     """Boxes refined between the stages with the first class's deltas, whatever their class."""
-    heads, move = model.roi_heads, model.roi_heads._move
 
-    def move_by_the_first(predictions, *args):
-        logits, deltas = predictions
-        first = torch.zeros_like(logits)
-        first[:, 0] = 1
-        return move((first, deltas), *args)
+    def first_for_all(predictor, inputs, outputs):
+        logits, deltas = outputs
+        return logits, deltas[:, :4].repeat(1, predictor.num_classes)
 
-    heads._move = move_by_the_first
+    for predictor in model.roi_heads.box_predictor[:-1]:
+        predictor.register_forward_hook(first_for_all)
 
 
 def single_bias(model):

@@ -13,9 +13,9 @@ from torchvision.ops import StochasticDepth
 from mamba_vision.backbone import MambaVision
 from mamba_vision.backbone.attention import Attention
 from mamba_vision.backbone.blocks import MixerBlock
-from mamba_vision.training_graphs import TrainingGraphs
 from mamba_vision.backbone.mixer import MambaVisionMixer
 from mamba_vision.errors import UserError
+from mamba_vision.training_graphs import TrainingGraphs
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 

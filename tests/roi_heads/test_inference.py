@@ -6,7 +6,6 @@ import pytest
 import torch
 from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
 from mamba_vision.errors import UserError

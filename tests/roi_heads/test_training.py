@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.utils.events import EventStorage
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torchvision.ops import box_iou, roi_align
+
+from mamba_vision.errors import UserError
+from mamba_vision.scalars import flush_scalars
+from mamba_vision.training_graphs import TrainingGraphs
 
 IOUS = (0.5, 0.6, 0.7)
 WEIGHTS = (1.0, 0.5, 0.25)
@@ -228,6 +233,62 @@ def test_proposals_and_targets_are_left_as_they_were(make_heads, features, scene
     train(make_heads(), features, proposals, targets)
     assert [set(x.get_fields()) for x in proposals + targets] == before
     assert_close([p.proposal_boxes.tensor for p in proposals], boxes)
+
+
+def _run_again(*runs):
+    """Stands in for a recording, where there is no GPU."""
+    with torch.random.fork_rng([]):
+        for run in runs:
+            run()
+    return runs
+
+
+def _graphs(heads):
+    return [*heads._sampling, *heads._ending, *(head.graphs for head in heads.mask_head)]
+
+
+@pytest.mark.parametrize("append_gt", [True, False])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_recorded_steps_equal_the_others(make_heads, features, scene, train, device, append_gt):
+    """Losses, statistics and gradients, whatever is drawn; most samples of an image are missing."""
+    plain = make_heads(cuda_graphs=False, batch_size_per_image=64, proposal_append_gt=append_gt)
+    recorded = make_heads(batch_size_per_image=64, proposal_append_gt=append_gt)
+    recorded.load_state_dict(plain.state_dict())
+    plain, recorded = plain.to(device), recorded.to(device)
+    if device == "cpu":
+        recorded._sampling = [TrainingGraphs(8, _run_again) for _ in range(3)]
+        recorded._ending = [TrainingGraphs(8, _run_again) for _ in range(3)]
+        for head in recorded.mask_head:
+            head.graphs = TrainingGraphs(8, _run_again)
+    proposals, targets = ([x.to(device) for x in group] for group in scene)
+    for step in range(6):
+        results = []
+        for heads in (plain, recorded):
+            torch.manual_seed(step)
+            maps = {k: f.detach().to(device).requires_grad_() for k, f in features.items()}
+            # an object less, and others, in some of the steps
+            some = [t[step % 2 :] for t in targets]
+            with EventStorage() as storage:
+                _, losses = heads.train()(None, maps, proposals, some)
+                flush_scalars()
+            leaves = [*maps.values(), *heads.parameters()]
+            gradients = torch.autograd.grad(sum(losses.values()), leaves)
+            scalars = {name: value for name, (value, _) in storage.latest().items()}
+            results.append((losses, gradients, scalars))
+        (losses, gradients, scalars), (expected, others, noted) = results
+        assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+        assert_close(gradients, others, rtol=1e-3, atol=1e-5)
+        assert scalars == pytest.approx(noted, rel=1e-4)
+        assert len(scalars) > 10
+    assert [graphs.recordings for graphs in _graphs(recorded)[:6]] == [1] * 6
+    assert all(graphs.recordings for graphs in _graphs(recorded)[6:])
+
+
+def test_low_quality_matches_are_one_clear_error(make_heads):
+    matchers = [Matcher([0.5], [0, 1], allow_low_quality_matches=k == 1) for k in range(3)]
+    with pytest.raises(UserError, match=r"proposal_matchers.1.allow_low.*set it to False") as error:
+        make_heads(proposal_matchers=matchers)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.cuda

@@ -8,6 +8,7 @@ do not run, with the scan that steps from token to token.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -84,8 +85,8 @@ class Switch:
     @property
     def of_backbone(self) -> bool:
         """Whether the backbone alone has it."""
-        own = all(key.startswith(BOTTOM_UP) for key, _, _ in self.config)
-        return own and self.prepare in (None, "fuse", "cuda_graphs")
+        own = any(key.startswith(BOTTOM_UP) for key, _, _ in self.config)
+        return (own or not self.config) and self.prepare in (None, "fuse", "cuda_graphs")
 
 
 SWITCHES = (
@@ -138,9 +139,9 @@ SWITCHES = (
     Switch("fused_adamw", (("optimizer.fused", "false", "true"),), training=True),
     Switch("cast_once", prepare="dtype", half=True),  # first: a prepared model casts at every call
     Switch("fuse", prepare="fuse"),
-    Switch(  # in training of the backbone's windowed stages alone
+    Switch(  # in training of the backbone's windowed stages and the RoI heads alone
         "cuda_graphs",
-        ((f"{BOTTOM_UP}.cuda_graphs", "false", "true"),),
+        tuple((f"{part}.cuda_graphs", "false", "true") for part in (BOTTOM_UP, ROI_HEADS)),
         prepare="cuda_graphs",
         gpu=True,
     ),
@@ -207,10 +208,13 @@ def _has(config: DictConfig, key: str, off: str, on: str) -> bool:
     """Whether the config has the part that a key is of, and nothing else in the place of it."""
     node, _, name = key.rpartition(".")
     part = OmegaConf.select(config, node)
-    if part is None or name != "_target_":
-        return part is not None
-    target = part.get(name)
-    return (locate(target) if isinstance(target, str) else target) in (locate(off), locate(on))
+    if part is None:
+        return False
+    target = part.get("_target_")
+    target = locate(target) if isinstance(target, str) else target
+    if name != "_target_":
+        return name in inspect.signature(target).parameters
+    return target in (locate(off), locate(on))
 
 
 def _off(value: str, config: DictConfig, device: str, dtype: torch.dtype) -> str:

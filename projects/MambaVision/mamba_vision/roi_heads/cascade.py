@@ -20,7 +20,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from detectron2.modeling.roi_heads import CascadeROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from ..proposals import image_bounds, to_device
-from ..scalars import put_scalars
 from ..training_graphs import TrainingGraphs
 from .mask_head import MaskHead, SharedMasks
 from .predictor import ClassSpecificOutputLayers
@@ -199,10 +198,10 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
             positive_fraction=self.positive_fraction,
             append_objects=self.proposal_append_gt,
         )
-        *found, counts = self._sampling[stage](sampler, boxes, images, *objects)
+        floats, integers, counts = self._sampling[stage](sampler, boxes, images, *objects)
         count = len(objects.counts)
         numbers = counts.tolist()
-        samples = _Samples(*found, numbers[:count], numbers[count:])
+        samples = _Samples(floats, integers, numbers[:count], numbers[count:])
         storage = get_event_storage()
         with storage.name_scope(f"stage{stage}"):
             storage.put_scalar("roi_head/num_fg_samples", sum(samples.foreground) / count)
@@ -505,7 +504,7 @@ class _Ending(nn.Module):
 
 @torch.no_grad()
 def _refine(
-    predictor: nn.Module,
+    predictor: FastRCNNOutputLayers,
     predictions: tuple[Tensor, ...],
     floats: Tensor,
     integers: Tensor,
@@ -517,7 +516,7 @@ def _refine(
 
 
 def _move(
-    predictor: nn.Module,
+    predictor: FastRCNNOutputLayers,
     predictions: tuple[Tensor, ...],
     boxes: Tensor,
     frames: Tensor,

@@ -80,8 +80,9 @@ class MaskHead(MaskRCNNConvUpsampleHead):
         some = [i for i in instances if len(i)]
         classes = torch.cat([i.gt_classes for i in some])
         size = 2 * x.shape[-1]  # after the deconvolution
-        masks = [i.gt_masks.crop_and_resize(i.proposal_boxes.tensor, size) for i in some]
-        masks = torch.cat(masks).to(x.device)
+        masks = torch.cat(
+            [i.gt_masks.crop_and_resize(i.proposal_boxes.tensor, size) for i in some]
+        ).to(x.device)
         ending = _Ending(self)
         if self.graphs is None or not self.graphs.records(x):
             loss, statistics = ending(x, classes, masks)
@@ -116,7 +117,9 @@ class _Ending(nn.Module):
         own = classes.clamp(min=0) if logits.shape[1] > 1 else torch.zeros_like(classes)
         logits = logits[torch.arange(len(logits), device=logits.device), own]
         there = (classes >= 0)[:, None, None].expand_as(masks)
-        apart = F.binary_cross_entropy_with_logits(logits, masks.to(torch.float32), reduction="none")
+        apart = F.binary_cross_entropy_with_logits(
+            logits, masks.to(torch.float32), reduction="none"
+        )
         loss = apart.where(there, 0).sum() / there.sum()
         return loss * self.head.loss_weight, _statistics(logits, masks, there)
 
