@@ -6,6 +6,7 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from mamba_vision.backbone.stages import WindowStage
@@ -118,6 +119,23 @@ def test_the_operators_are_well_formed(draw_inner):
     torch.library.opcheck(torch.ops.mamba_vision.depthwise_conv1d_silu.default, (x, weight))
     inputs = [x.to(DEVICE).requires_grad_() for x in draw_inner(1, 5, 3, states=2)]
     torch.library.opcheck(torch.ops.mamba_vision.mamba_inner.default, tuple(inputs))
+
+
+def test_modes_see_the_operators():
+    """Fake tensors can go where the kernels could not take them."""
+    with FakeTensorMode():
+        x, weight = (torch.empty(s, requires_grad=True) for s in ((2, 5, 3), (3, 3)))
+        y = triton_conv1d.run(x, weight)
+        gradients = torch.autograd.grad(y, (x, weight), torch.empty_like(y))
+    assert [g.shape for g in (y, *gradients)] == [x.shape, x.shape, weight.shape]
+
+
+def test_a_second_derivative_is_refused():
+    x, weight = (torch.randn(s, device=DEVICE, requires_grad=True) for s in ((1, 5, 3), (3, 3)))
+    y = triton_conv1d.run(x, weight)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
 
 
 def window_stage(dim, dtype=torch.float32, **options):

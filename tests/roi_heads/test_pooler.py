@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detectron2.modeling.poolers import ROIPooler as Detectron2Pooler
+from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.structures import Boxes
 
 from mamba_vision.errors import UserError
@@ -61,6 +62,41 @@ def test_one_level(device):
     )
     for result, wanted in zip(results, expected):
         torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(2, 5, 224, 4), (2, 5, 112, 4), (3, 7, 224, 4), (0, 9, 37, 5)], ids=str
+)
+@every_device
+def test_levels_are_detectron2s(monkeypatch, device, arguments):
+    """For random boxes, and for those about as large as where one level ends."""
+    least, most, size, at = arguments
+    corners, sides = 500 * torch.rand(20000, 2), 0.5 * 5000 ** torch.rand(20000, 2)
+    edges = torch.tensor([size**2 * 4.0 ** (level - at) for level in range(least, most + 2)])
+    ulps = torch.arange(-500, 501, dtype=torch.int32)
+    areas = (edges.view(torch.int32)[:, None] + ulps).view(torch.float32).flatten()
+    zeros, roots = torch.zeros_like(areas), areas.sqrt()
+    boxes = torch.cat(
+        (
+            torch.cat((corners, corners + sides), dim=1),
+            torch.stack((zeros, zeros, areas, zeros + 1), dim=1),
+            torch.stack((zeros, zeros, roots, roots), dim=1),
+            torch.tensor([[0.0, 0.0, 0.0, 0.0], [5.0, 5.0, 9.0, 5.0], [0.0, 0.0, 1e15, 1e15]]),
+        )
+    )
+    boxes = [Boxes(x.to(device)) for x in (boxes[:10000], boxes[10000:])]
+    seen = []
+
+    def keep(maps, boxes, images, levels, *_, **__):
+        seen.append((images, levels))
+
+    monkeypatch.setattr("mamba_vision.roi_heads.pooler.multi_level_roi_align", keep)
+    scales = [2.0**-level for level in range(least, most + 1)]
+    ROIPooler(7, scales, 0, "ROIAlignV2", size, at)([torch.zeros(2, 1, 1, 1)], boxes)
+    ((images, levels),) = seen
+    assert torch.equal(levels.long(), assign_boxes_to_levels(boxes, *arguments))
+    assert images.bincount().tolist() == [len(x) for x in boxes]
+    assert torch.equal(images, images.sort().values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 __all__ = ["DTYPES", "copy", "define", "distance", "obstacle", "on_device_of", "rows"]
 
@@ -80,25 +82,78 @@ def define(
 ) -> Callable[..., Any]:
     """Make a function of tensors an operator of PyTorch, opaque to autograd and to the compiler.
 
-    As ``torch.library.custom_op`` does, but without what that checks at every call, which takes
-    longer than launching a kernel: the function must return tensors of its own.
+    As ``torch.library.custom_op`` does, but without what that checks at every call: the function
+    must return tensors of its own. Nor does a call go through PyTorch's dispatcher unless something
+    watches it, since that takes longer than launching a kernel.
 
     Args:
         name: of the operator, in the namespace ``mamba_vision``.
         function: its annotations give the schema.
         fake: the same, from empty tensors to empty tensors.
-        gradients, keep: ``backward`` and ``setup_context`` of ``torch.library.register_autograd``.
+        gradients, keep: ``backward`` and ``setup_context`` of ``torch.library.register_autograd``;
+            both or neither.
 
     Returns:
-        The operator.
+        A function that calls the operator, with its arguments in order; differentiable once.
     """
     full = f"mamba_vision::{name}"
     torch.library.define(full, torch.library.infer_schema(function, mutates_args=()))
     torch.library.impl(full, "default", function)
     torch.library.register_fake(full, fake)
-    if gradients is not None:
+    direct = function
+    if gradients is not None and keep is not None:
         torch.library.register_autograd(full, gradients, setup_context=keep)
-    return getattr(torch.ops.mamba_vision, name).default
+        direct = _differentiable(name, function, gradients, keep)
+    operator = getattr(torch.ops.mamba_vision, name).default
+
+    def call(*arguments: Any) -> Any:
+        return operator(*arguments) if _is_watched() else direct(*arguments)
+
+    return call
+
+
+def _is_watched() -> bool:
+    """Whether something must see operators rather than what they do: a compiler, a tracer, fake
+    tensors, or another mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _get_current_dispatch_mode() is not None
+    )
+
+
+def _differentiable(
+    name: str,
+    function: Callable[..., Any],
+    gradients: Callable[..., Any],
+    keep: Callable[..., None],
+) -> Callable[..., Any]:
+    """The function as a node of autograd's graph."""
+
+    def forward(ctx: Any, arguments: tuple, *_: Any) -> Any:
+        output = function(*arguments)
+        keep(ctx, arguments, output)
+        ctx.lengths = [len(x) if isinstance(x, (list, tuple)) else None for x in arguments]
+        return output
+
+    @once_differentiable
+    def backward(ctx: Any, *doutputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        flat: list[Tensor | None] = [None]
+        for length, gradient in zip(ctx.lengths, gradients(ctx, *doutputs)):
+            flat += [gradient] if length is None else gradient or [None] * length
+        return tuple(flat)
+
+    passes = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    node: Any = type(name, (torch.autograd.Function,), passes)
+
+    def call(*arguments: Any) -> Any:
+        # Autograd finds tensors among a node's arguments, but not in lists.
+        flat: list[Any] = []
+        for x in arguments:
+            flat += x if isinstance(x, (list, tuple)) else [x]
+        return node.apply(arguments, *flat)
+
+    return call
 
 
 def copy(x: Tensor, *, like: Tensor) -> Tensor:

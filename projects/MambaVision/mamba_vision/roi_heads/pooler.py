@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,8 @@ from ..errors import UserError
 from ..ops import multi_level_roi_align
 
 __all__ = ["ROIPooler"]
+
+NEAR = 4096  # float32 numbers on either side of a power of two
 
 
 class ROIPooler(_ROIPooler):
@@ -81,15 +84,44 @@ class ROIPooler(_ROIPooler):
                 f"box_lists must have an entry for each of {len(x[0])} images, not {len(box_lists)}"
             )
         boxes = cat([of_image.tensor for of_image in box_lists])
-        images = cat(
-            [
-                torch.full((len(of_image),), i, dtype=torch.int64, device=boxes.device)
-                for i, of_image in enumerate(box_lists)
-            ]
+        images = boxes.new_empty(len(boxes), dtype=torch.int32)
+        for i, own in enumerate(images.split([len(of_image) for of_image in box_lists])):
+            own.fill_(i)
+        widths, heights = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
+        least = _least_areas(
+            boxes.device,
+            self.min_level,
+            self.max_level,
+            self.canonical_box_size,
+            self.canonical_level,
         )
-        levels = assign_boxes_to_levels(
-            box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
-        )
+        levels = torch.bucketize(widths * heights, least, out_int32=True, right=True)
         return multi_level_roi_align(
             x, boxes, images, levels, self.scales, self.output_size[0], backend=self.backend
         )
+
+
+@functools.cache
+def _least_areas(
+    device: torch.device,
+    min_level: int,
+    max_level: int,
+    canonical_box_size: int,
+    canonical_level: int,
+) -> Tensor:
+    """The least areas that Detectron2 assigns to each level but the first: (levels - 1,).
+
+    Its logarithms, rounded as on this device, put these a little beside powers of two. They are
+    sought among the float32 numbers around those.
+    """
+    levels = torch.arange(min_level + 1, max_level + 1, device=device)[:, None]
+    powers = canonical_box_size**2 * 4.0 ** (levels - canonical_level)
+    steps = torch.arange(-NEAR, NEAR, dtype=torch.int32, device=device)
+    areas = (powers.view(torch.int32) + steps).view(torch.float32)
+    zeros, ones = torch.zeros_like(areas), torch.ones_like(areas)
+    boxes = Boxes(torch.stack((zeros, zeros, areas, ones), dim=2).flatten(0, 1))
+    found = assign_boxes_to_levels(
+        [boxes], min_level, max_level, canonical_box_size, canonical_level
+    )
+    below = (found.view_as(areas) + min_level < levels).sum(dim=1, keepdim=True)
+    return areas.gather(1, below).squeeze(1)

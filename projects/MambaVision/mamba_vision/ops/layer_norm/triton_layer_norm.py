@@ -6,6 +6,8 @@ over tokens run in a fixed order, without atomics: equal inputs give equal resul
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 from torch import Tensor
@@ -41,9 +43,8 @@ def run(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mamba_vision.ops.add_layer_norm`; differentiable once."""
-    tokens, added = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, branch))
-    sums, normed, _ = _add_layer_norm(tokens, added, gamma, weight, bias, eps, dtype)
-    return x if branch is None else sums.view(x.shape), normed.view(x.shape)
+    sums, normed, _ = _add_layer_norm(x, branch, gamma, weight, bias, eps, dtype)
+    return x if branch is None else sums, normed
 
 
 def _tile(width: int) -> dict[str, int]:
@@ -53,8 +54,11 @@ def _tile(width: int) -> dict[str, int]:
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
-    """``x`` (M, C) with the numbers of a row together: itself, or else a copy."""
-    return x if x is None or x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    """``x`` (..., C) as (M, C) with the numbers of a row together: a view, or else a copy."""
+    if x is None:
+        return None
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def _contiguous(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -80,18 +84,19 @@ def _forward_now(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum (M, C), nothing without a branch; normed (M, C); what the backward pass needs:
+    """The sum (..., C), nothing without a branch; normed (..., C); what the backward pass needs:
     each token's mean and inverse deviation, (2, M) float32."""
     sums, normed, statistics = _forward_fake(x, branch, gamma, weight, bias, eps, dtype)
     if not x.numel():
         return sums, normed, statistics
-    tile = _tile(x.shape[1])
-    programs = triton.cdiv(len(x), STEPS * tile["ROWS"])
+    tokens, channels = statistics.shape[1], x.shape[-1]
+    tile = _tile(channels)
+    programs = triton.cdiv(tokens, STEPS * tile["ROWS"])
     rows = _rows(x), _rows(branch)
     with support.on_device_of(x):
         kernels.add_normalize[(programs,)](
             *rows, *_contiguous(gamma, weight, bias), sums, normed, statistics,
-            *x.shape, eps, *_distances(*rows),
+            tokens, channels, eps, *_distances(*rows),
             STEPS=STEPS, ADD=branch is not None, SCALE=gamma is not None, **tile,
         )  # fmt: skip
     return sums, normed, statistics
@@ -101,7 +106,7 @@ def _forward_fake(x, branch, gamma, weight, bias, eps, dtype):
     sums = x.new_empty(0)
     if branch is not None:
         sums = x.new_empty(x.shape, dtype=_sum_dtype(x, branch, gamma))
-    statistics = x.new_empty((2, x.shape[0]), dtype=torch.float32)
+    statistics = x.new_empty((2, math.prod(x.shape[:-1])), dtype=torch.float32)
     return sums, x.new_empty(x.shape, dtype=dtype), statistics
 
 
@@ -115,22 +120,23 @@ def _backward_now(
     weight: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (M, C) in the dtype given; dbranch (M, C), nothing where it is dx; dweight, dbias and,
+    """dx (..., C) in the dtype given; dbranch (..., C), nothing where it is dx; dweight, dbias and,
     with a scale, dgamma, (2 or 3, C) float32."""
     dx, dbranch, dweights = _backward_fake(
         dsums, dnormed, sums, statistics, branch, gamma, weight, dtype
     )
     if not sums.numel():
         return dx, dbranch, dweights.zero_()
-    tile = _tile(sums.shape[1])
-    tiles = triton.cdiv(len(sums), tile["ROWS"])
+    tokens, channels = statistics.shape[1], sums.shape[-1]
+    tile = _tile(channels)
+    tiles = triton.cdiv(tokens, tile["ROWS"])
     steps = triton.cdiv(tiles, PROGRAMS_BACK)
     parts = dweights.new_empty(triton.cdiv(tiles, steps), *dweights.shape)
     rows = _rows(sums), _rows(dsums), _rows(dnormed), _rows(branch)
     with support.on_device_of(sums):
         kernels.add_normalize_back[(len(parts),)](
             *rows, *_contiguous(gamma, weight), statistics, dx, dbranch, parts,
-            *sums.shape, steps, *_distances(*rows),
+            tokens, channels, steps, *_distances(*rows),
             ADD=dsums is not None, SCALE=gamma is not None, **tile,
         )  # fmt: skip
     sum_parts(parts, dweights)
@@ -140,7 +146,7 @@ def _backward_now(
 def _backward_fake(dsums, dnormed, sums, statistics, branch, gamma, weight, dtype):
     dx = sums.new_empty(sums.shape, dtype=dtype)
     dbranch = sums.new_empty(0) if gamma is None else branch.new_empty(branch.shape)
-    shape = (2 if gamma is None else 3, sums.shape[1])
+    shape = (2 if gamma is None else 3, sums.shape[-1])
     return dx, dbranch, sums.new_empty(shape, dtype=torch.float32)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -39,7 +38,8 @@ def run(
 
 
 def _launch(kernel, maps, boxes, images, levels, pooled, sizes, scales) -> None:
-    """Run a kernel on maps (B, C, H, W) or their gradients and pooled boxes (R, C, S, S)."""
+    """Run a kernel on maps or their gradients, (B, H, W, C) in memory, and pooled boxes
+    (R, C, S, S)."""
     count, channels, side, _ = pooled.shape
     heights, widths = map(float, sizes[0::2]), map(float, sizes[1::2])
 
@@ -96,26 +96,26 @@ def _roi_align_backward_now(
     batch: int,
 ) -> Tensor:
     dpooled = dpooled.contiguous(memory_format=torch.channels_last)
-    channels = dpooled.shape[1]
-    sums = dpooled.new_zeros(_count(channels, sizes, batch), dtype=torch.float32)
-    maps = _maps(sums, channels, sizes, batch)
+    counts = _counts(dpooled.shape[1], sizes, batch)
+    sums = dpooled.new_zeros(sum(counts), dtype=torch.float32)
+    maps = sums.split(counts)
     _launch(kernels.pool_back, maps, boxes, images, levels, dpooled, sizes, scales)
     return sums.to(dpooled.dtype)
 
 
 def _roi_align_backward_fake(dpooled, boxes, images, levels, scales, sizes, batch):
-    return dpooled.new_empty(_count(dpooled.shape[1], sizes, batch))
+    return dpooled.new_empty(sum(_counts(dpooled.shape[1], sizes, batch)))
 
 
-def _count(channels: int, sizes: Sequence[int], batch: int) -> int:
-    """How many numbers the maps of all levels hold."""
-    return batch * channels * sum(h * w for h, w in zip(sizes[0::2], sizes[1::2]))
+def _counts(channels: int, sizes: Sequence[int], batch: int) -> list[int]:
+    """How many numbers the map of each level holds."""
+    return [batch * channels * h * w for h, w in zip(sizes[0::2], sizes[1::2])]
 
 
 def _maps(numbers: Tensor, channels: int, sizes: Sequence[int], batch: int) -> list[Tensor]:
     """The levels' maps (B, C, H, W), channels last, that lie one after the other."""
+    parts = numbers.split(_counts(channels, sizes, batch))
     shapes = [(batch, *size, channels) for size in zip(sizes[0::2], sizes[1::2])]
-    parts = numbers.split([math.prod(shape) for shape in shapes])
     return [part.view(shape).permute(0, 3, 1, 2) for part, shape in zip(parts, shapes)]
 
 
