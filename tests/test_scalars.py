@@ -8,7 +8,7 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
-from mamba_vision.scalars import flush_scalars, put_scalars
+from mamba_vision.scalars import begin_flush, flush_scalars, put_scalars
 
 
 def logged(storage):
@@ -45,6 +45,29 @@ def test_a_storage_gets_its_own():
         flush_scalars()
     assert list(outer.histories()) == ["a"]
     assert list(inner.histories()) == ["b"]
+
+
+def test_what_is_put_after_the_beginning_waits_for_the_next():
+    with EventStorage() as storage:
+        put_scalars({"a": torch.tensor(1.0)})
+        end = begin_flush(torch.tensor([4.0]))
+        put_scalars({"b": torch.tensor(2.0)})
+        assert end() == [4.0]
+        assert logged(storage) == {"a": [(1, 0)]}
+        assert flush_scalars() == []
+    assert logged(storage) == {"a": [(1, 0)], "b": [(2, 0)]}
+
+
+@pytest.mark.cuda
+def test_a_gpu_is_not_waited_for_longer_than_needed():
+    with EventStorage() as storage:
+        put_scalars({"a": torch.full((), 3.0, device="cuda")})
+        end = begin_flush(torch.full((2,), 5.0, device="cuda"))
+        torch.cuda._sleep(2_000_000_000)  # cycles: a second
+        assert end() == [5.0, 5.0]
+        assert not torch.cuda.current_stream().query()  # it still sleeps
+    assert logged(storage) == {"a": [(3, 0)]}
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("more", [True, False])

@@ -157,12 +157,12 @@ def test_a_step_in_parts_equals_the_whole_step(tmp_path):
 def test_two_gpus_equal_one(tmp_path):
     """Over NCCL, started by Detectron2's launch: the same losses and weights but for rounding."""
     config = TESTS / "data" / "fixed_nano_config.py"
-    arguments = [TOOL, "--config-file", config, "train.device=cuda", "train.amp.enabled=false"]
+    arguments = ["--config-file", config, "train.device=cuda", "train.amp.enabled=false"]
     gpus = {"CUDA_VISIBLE_DEVICES": "0,1", "NVIDIA_TF32_OVERRIDE": "0"}
-    one = ["train.accumulate=2", f"train.output_dir={tmp_path / 'one'}"]
-    two = ["--num-gpus=2", "--dist-url=auto", f"train.output_dir={tmp_path / 'two'}"]
-    for extra in (one, two):
-        finish(start([sys.executable, *arguments, *extra], **gpus))
+    one = [*arguments, "train.accumulate=2", f"train.output_dir={tmp_path / 'one'}"]
+    two = ["--num-gpus=2", "--dist-url=auto", *arguments, f"train.output_dir={tmp_path / 'two'}"]
+    for command in (one, two):
+        finish(start([sys.executable, TOOL, *command], **gpus))
     assert_equal(weights(tmp_path / "two"), weights(tmp_path / "one"), 1e-4)
     losses = [
         [

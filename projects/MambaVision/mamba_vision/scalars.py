@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -11,7 +11,7 @@ import torch
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor
 
-__all__ = ["flush_scalars", "put_scalars"]
+__all__ = ["begin_flush", "flush_scalars", "put_scalars"]
 
 
 class _Scalar(NamedTuple):
@@ -34,9 +34,9 @@ def put_scalars(scalars: Mapping[str, Tensor]) -> None:
         scalars: name to value, a tensor of one element. One that is NaN is not logged.
     """
     storage = get_event_storage()
-    pending = _pending.setdefault(storage, [])
-    if pending and pending[0].step != storage.iter:
+    if _pending.get(storage) and _pending[storage][0].step != storage.iter:
         flush_scalars()
+    pending = _pending.setdefault(storage, [])
     scope = storage._current_prefix
     pending.extend(_Scalar(scope + k, storage.iter, v.detach()) for k, v in scalars.items())
 
@@ -50,19 +50,43 @@ def flush_scalars(numbers: Tensor | None = None) -> list[float]:
     Returns:
         Those n numbers, in float32's precision.
     """
+    return begin_flush(numbers)()
+
+
+def begin_flush(numbers: Tensor | None = None) -> Callable[[], list[float]]:
+    """Let the device send what :func:`flush_scalars` fetches, as soon as it is computed.
+
+    Args:
+        numbers: as there.
+
+    Returns:
+        What ends it: it waits for the transfer, but not for what the device is given after this,
+        and logs and returns as there.
+    """
     storage = get_event_storage()
-    pending = _pending.get(storage, [])
+    pending = _pending.pop(storage, [])
     tensors = [] if numbers is None else [numbers]
     if pending:
         tensors.append(torch.stack([scalar.value.reshape(()) for scalar in pending]))
     if not tensors:
-        return []
-    fetched = torch.cat([tensor.float() for tensor in tensors]).tolist()
-    count = len(fetched) - len(pending)
-    scope, storage._current_prefix = storage._current_prefix, ""  # the names are whole
-    for scalar, value in zip(pending, fetched[count:], strict=True):
-        if not math.isnan(value):
-            storage.put_scalar(scalar.name, value, cur_iter=scalar.step)
-    storage._current_prefix = scope
-    pending.clear()
-    return fetched[:count]
+        return list
+    sent = torch.cat([tensor.float() for tensor in tensors])
+    arrived = None
+    if sent.is_cuda:
+        sent = torch.empty_like(sent, device="cpu", pin_memory=True).copy_(sent, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+    def end() -> list[float]:
+        if arrived is not None:
+            arrived.synchronize()
+        fetched = sent.tolist()
+        count = len(fetched) - len(pending)
+        scope, storage._current_prefix = storage._current_prefix, ""  # the names are whole
+        for scalar, value in zip(pending, fetched[count:], strict=True):
+            if not math.isnan(value):
+                storage.put_scalar(scalar.name, value, cur_iter=scalar.step)
+        storage._current_prefix = scope
+        return fetched[:count]
+
+    return end

@@ -26,8 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..errors import UserError
+from ..proposals import to_device
 from ..randomness import seed_all
-from ..scalars import flush_scalars
+from ..scalars import begin_flush
 
 __all__ = ["Trainer"]
 
@@ -42,6 +43,7 @@ def _is_no_user_error(record: logging.LogRecord) -> bool:
 logging.getLogger(SimpleTrainer.__module__).addFilter(_is_no_user_error)
 
 Batch = list[dict[str, Any]]
+Learn = Callable[[], tuple[dict[str, float], list[bool]]]
 
 
 class Trainer(SimpleTrainer):
@@ -50,7 +52,7 @@ class Trainer(SimpleTrainer):
     - The gradient of a step is the mean over ``accumulate`` micro-batches, between which processes
       do not talk.
     - The losses, and what the model logs by :mod:`mamba_vision.scalars`, come from the device in
-      one transfer, after the backward pass.
+      one transfer, during the backward pass.
     - Every step draws its random numbers from a stream of its own (:mod:`mamba_vision.randomness`).
     - A step whose loss is infinite or NaN in any process is skipped: it is logged and written down,
       weights and batch norms' statistics stay, and ``max_nonfinite`` in a row stop the run.
@@ -113,15 +115,13 @@ class Trainer(SimpleTrainer):
         seed_all(self._seed, self.iter, comm.get_rank())
         self.optimizer.zero_grad()
         _copy(self._statistics, self._statistics_before)
+        bad = getattr(self.data_loader, "bad_images", None)
+        flags = self._stop_requested(), bad is not None and bad.has_news()
         try:
-            losses = self._accumulate_gradients(data)
+            learn = self._accumulate_gradients(data, flags)
         except torch.OutOfMemoryError as error:
             raise UserError(_out_of_memory(data, self.iter, self._accumulate)) from error
-
-        bad = getattr(self.data_loader, "bad_images", None)
-        values, (not_finite, self.stopping, new_bad) = self._learn(
-            losses, self._stop_requested(), bad is not None and bad.has_news()
-        )
+        values, (not_finite, self.stopping, new_bad) = learn()
         if new_bad and bad is not None:
             bad.merge(comm.all_gather(bad.take_news()))
             try:
@@ -169,8 +169,8 @@ class Trainer(SimpleTrainer):
         here = {k: v for k, v in self.optimizer.defaults.items() if k == "fused"}
         return optimizer | {"param_groups": [group | here for group in optimizer["param_groups"]]}
 
-    def _accumulate_gradients(self, data: Batch) -> dict[str, Tensor]:
-        """Set the gradients; returns the losses, each the mean over the micro-batches."""
+    def _accumulate_gradients(self, data: Batch, flags: Sequence[bool]) -> Learn:
+        """Set the gradients; returns what :meth:`_ask` does, of means over the micro-batches."""
         size = len(data) // self._accumulate
         total: dict[str, Tensor] = {}
         for k in range(self._accumulate):
@@ -184,29 +184,34 @@ class Trainer(SimpleTrainer):
                         losses = {"total_loss": losses}
                     losses = {name: loss / self._accumulate for name, loss in losses.items()}
                     loss = sum(losses.values())
+                for name, x in losses.items():
+                    total[name] = total[name] + x.detach() if name in total else x.detach()
+                if last:  # so that the next step can be prepared while this one goes backward
+                    learn = self._ask(total, flags)
                 self.grad_scaler.scale(loss).backward()
-            for name, loss in losses.items():
-                total[name] = total[name] + loss.detach() if name in total else loss.detach()
-        return total
+        return learn
 
-    def _learn(
-        self, losses: Mapping[str, Tensor], *flags: bool
-    ) -> tuple[dict[str, float], list[bool]]:
-        """Fetch a step's numbers from the device, all at once, with what the model logged.
+    def _ask(self, losses: Mapping[str, Tensor], flags: Sequence[bool]) -> Learn:
+        """Let the device send a step's numbers, all at once, with what the model logged.
 
         Returns:
-            The losses of this process; and whether in any process a loss is not finite, and for
-            each flag whether it is set in any.
+            What waits for them, and returns the losses of this process; and whether in any process
+            a loss is not finite, and for each flag whether it is set in any.
         """
         values = torch.stack([loss.float() for loss in losses.values()])
-        given = torch.tensor(flags, dtype=torch.float32).to(self.device, non_blocking=True)
+        given = to_device(flags, self.device)
         anywhere = torch.cat([(~values.isfinite().all()).float()[None], given])
         if comm.get_world_size() > 1:
             dist.all_reduce(anywhere, dist.ReduceOp.MAX)
-        numbers = flush_scalars(torch.cat([anywhere, values]))
-        count = 1 + len(flags)
-        own = dict(zip(losses, numbers[count:], strict=True))
-        return own, [number > 0 for number in numbers[:count]]
+        end = begin_flush(torch.cat([anywhere, values]))
+
+        def learn() -> tuple[dict[str, float], list[bool]]:
+            numbers = end()
+            count = len(anywhere)
+            own = dict(zip(losses, numbers[count:], strict=True))
+            return own, [number > 0 for number in numbers[:count]]
+
+        return learn
 
     def _skip(self, data: Batch, losses: Mapping[str, float]) -> None:
         """Leave the model as it was, and say of which images the loss was not finite."""
