@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from mamba_vision.errors import UserError
 from mamba_vision.roi_heads import ClassSpecificOutputLayers, MaskHead
-from mamba_vision.roi_heads.mask_head import SharedMasks
+from mamba_vision.roi_heads.mask_head import SharedMasks, recorded_rows
 from mamba_vision.roi_heads.predictor import giou_loss
 from mamba_vision.scalars import flush_scalars
 
@@ -221,3 +221,9 @@ def test_masks_are_drawn_as_often_as_asked_for():
             head(torch.zeros(2, 6, 14, 14), [sample])
             assert len(storage._vis_data) == drawn
             storage.step()
+
+
+def test_few_numbers_of_rois_are_recorded():
+    rows = [recorded_rows(count) for count in range(1, 1025)]
+    assert sorted(set(rows)) == [64, 128, 192, 256, 384, 512, 768, 1024]
+    assert all(count <= row < max(64 + count, 1.5 * count) for count, row in enumerate(rows, 1))

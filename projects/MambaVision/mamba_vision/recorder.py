@@ -7,11 +7,14 @@ and what it computes lies where it lay the last time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
-__all__ = ["CudaRecorder", "Record", "Run", "autocast_now"]
+__all__ = ["Arena", "CudaRecorder", "Record", "Run", "autocast_now"]
+
+_ALIGNMENT = 256  # bytes, as the allocator's
 
 Run = Callable[[], object]
 Record = Callable[..., tuple[Run, ...]]  # from functions to as many that do the same, only faster
@@ -85,3 +88,41 @@ def autocast_now(kind: str) -> torch.dtype | None:
     A recording holds for that one alone.
     """
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+class Arena:
+    """Memory in which tensors are placed anew each time, from its start.
+
+    All graphs of a function so share the memory of their inputs, and that of their outputs. Where
+    it does not suffice, new memory is taken; the old lives on in the graphs that were recorded
+    with it.
+
+    Args:
+        device: the memory's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+
+    @property
+    def address(self) -> int:
+        """0 if there is no memory yet."""
+        return self._memory.data_ptr()
+
+    @torch.inference_mode(False)  # or it could not be written to outside of that mode
+    def place(self, forms: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors of the shapes, dtypes and, if dense, memory formats of others."""
+        likes = [torch.empty_like(form, device="meta") for form in forms]
+        starts = [0]
+        for like in likes:
+            size = like.numel() * like.element_size()
+            starts.append(starts[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
+        if len(self._memory) < starts[-1]:
+            size = max(starts[-1], 3 * len(self._memory) // 2)  # that there be few generations
+            self._memory = self._memory.new_empty(size)
+        placed = []
+        for like, start in zip(likes, starts):
+            end = start + like.numel() * like.element_size()
+            numbers = self._memory[start:end].view(like.dtype)
+            placed.append(numbers.as_strided(like.shape, like.stride()))
+        return placed

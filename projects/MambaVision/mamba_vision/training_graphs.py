@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torchvision.ops import StochasticDepth
 
 from .errors import UserError
-from .recorder import CudaRecorder, Record, autocast_now
+from .recorder import Arena, CudaRecorder, Record, autocast_now
 
 __all__ = ["TrainingGraphs"]
 
@@ -90,6 +90,7 @@ class TrainingGraphs:
         self._seen: Counter[tuple] = Counter()
         self._known: dict[tuple, _Recording] = {}
         self._record = self._given
+        self._inputs: Arena | None = None
 
     def _find(
         self, module: nn.Module, state: tuple, inputs: tuple[Tensor, ...]
@@ -117,7 +118,11 @@ class TrainingGraphs:
     ) -> None:
         try:
             self._record = self._record or CudaRecorder(inputs[0].device)
-            self._known[form] = _Recording(module, inputs, autocast, self._record)
+            self._inputs = self._inputs or Arena(inputs[0].device)
+            memory = self._inputs.place([x.detach() for x in inputs])
+            for place, x in zip(memory, inputs):
+                place.copy_(x.detach()).requires_grad_(x.requires_grad)
+            self._known[form] = _Recording(module, memory, autocast, self._record)
             self.recordings += 1
         except RuntimeError as error:
             reason = str(error).split("\n", 1)[0]
@@ -135,13 +140,14 @@ class _Recording:
 
     Args:
         module: what is recorded.
-        inputs: of the form.
+        inputs: of the form, written before each forward pass, and left as they are till after the
+            backward pass.
         autocast: its dtype; None if it is off.
         record: how to record.
 
     Attributes:
-        inputs: written before the forward pass.
-        outputs: written by it.
+        inputs: those given.
+        outputs: written by the forward pass.
         several: whether the module gives a tuple.
         asked: which of the inputs and weights get gradients.
         output_gradients: written before the backward pass; None where there can be none.
@@ -158,11 +164,11 @@ class _Recording:
     def __init__(
         self,
         module: nn.Module,
-        inputs: tuple[Tensor, ...],
+        inputs: list[Tensor],
         autocast: torch.dtype | None,
         record: Record,
     ) -> None:
-        self.inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+        self.inputs = inputs
         # Leaves of their own, in the same memory: hooks on a weight see its true gradients alone.
         weights = {
             name: weight.detach().requires_grad_(weight.requires_grad)

@@ -8,20 +8,18 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..recorder import CudaRecorder, Record, Run, autocast_now
+from ..recorder import Arena, CudaRecorder, Record, Run, autocast_now
 
 __all__ = ["Graphed", "Graphs"]
 
 logger = logging.getLogger(__name__)
-
-_ALIGNMENT = 256  # bytes, as the allocator's
 
 
 class Graphs:
@@ -90,7 +88,7 @@ class Graphed:
         self._graphs = graphs
         self._record = graphs._record
         self._known: OrderedDict[tuple, _Outputs | _Graph] = OrderedDict()
-        self._input_memory, self._output_memory = _Arena(graphs.device), _Arena(graphs.device)
+        self._input_memory, self._output_memory = Arena(graphs.device), Arena(graphs.device)
 
     def __call__(self, *args: Any) -> Any:
         """Call the function.
@@ -205,38 +203,3 @@ class _Graph:
             memory.copy_(leaves[i], non_blocking=True)
         self.replay()
         return tree_unflatten(self.outputs, self.structure)
-
-
-class _Arena:
-    """Memory in which tensors are placed anew each time, from its start.
-
-    All graphs of a function so share the memory of their inputs, and that of their outputs. Where
-    it does not suffice, new memory is taken; the old lives on in the graphs that were recorded
-    with it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
-
-    @property
-    def address(self) -> int:
-        """0 if there is no memory yet."""
-        return self._memory.data_ptr()
-
-    @torch.inference_mode(False)  # or it could not be written to outside of that mode
-    def place(self, forms: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors of the shapes, dtypes and, if dense, memory formats of others."""
-        likes = [torch.empty_like(form, device="meta") for form in forms]
-        starts = [0]
-        for like in likes:
-            size = like.numel() * like.element_size()
-            starts.append(starts[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
-        if len(self._memory) < starts[-1]:
-            size = max(starts[-1], 3 * len(self._memory) // 2)  # that there be few generations
-            self._memory = self._memory.new_empty(size)
-        placed = []
-        for like, start in zip(likes, starts):
-            end = start + like.numel() * like.element_size()
-            numbers = self._memory[start:end].view(like.dtype)
-            placed.append(numbers.as_strided(like.shape, like.stride()))
-        return placed

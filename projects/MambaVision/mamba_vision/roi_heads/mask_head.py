@@ -18,7 +18,7 @@ from ..training_graphs import TrainingGraphs
 
 __all__ = ["MaskHead", "SharedMasks"]
 
-ROWS = 64  # recorded are multiples of this many RoIs
+ROWS = 64  # recorded are multiples of this many RoIs, or of a quarter of a power of two
 STATISTICS = (  # Detectron2's names
     "mask_rcnn/accuracy",
     "mask_rcnn/false_positive",
@@ -87,11 +87,17 @@ class MaskHead(MaskRCNNConvUpsampleHead):
         if self.graphs is None or not self.graphs.records(x):
             loss, statistics = ending(x, classes, masks)
         else:
-            more = -len(x) % ROWS
+            more = recorded_rows(len(x)) - len(x)
             x, masks = (F.pad(t, (0, 0) * (t.dim() - 1) + (0, more)) for t in (x, masks))
             loss, statistics = self.graphs(ending, x, F.pad(classes, (0, more), value=-1), masks)
         put_scalars(dict(zip(STATISTICS, statistics.unbind())))
         return {"loss_mask": loss}
+
+
+def recorded_rows(count: int) -> int:
+    """With how many RoIs the recording runs that so many, at least one, go through."""
+    step = max(ROWS, (1 << (count - 1).bit_length()) // 4)
+    return -(-count // step) * step
 
 
 class _Ending(nn.Module):
