@@ -1,7 +1,7 @@
 """Region heads: the pooler, and the cascade with class-specific boxes and a mask head per stage."""
 
-from .cascade import ClassSpecificCascadeROIHeads, StageMaskHeads
-from .mask_head import MaskHead
+from .cascade import ClassSpecificCascadeROIHeads
+from .mask_head import MaskHead, StageMaskHeads
 from .pooler import ROIPooler
 from .predictor import ClassSpecificOutputLayers
 

@@ -15,9 +15,7 @@ Shapes:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers
@@ -29,36 +27,14 @@ from torch.nn import functional as F
 from ..errors import UserError
 from ..proposals import image_bounds, to_device
 from ..training_graphs import TrainingGraphs
-from .mask_head import MaskHead, SharedMasks
+from .mask_head import MaskHead, SharedMasks, StageMaskHeads
 from .predictor import ClassSpecificOutputLayers
-from .sampling import draw_samples
+from .sampling import Objects, Sampler, Samples, pad_candidates, pad_objects
 from .selection import Detections
 
-__all__ = ["ClassSpecificCascadeROIHeads", "StageMaskHeads"]
+__all__ = ["ClassSpecificCascadeROIHeads"]
 
-# Few shapes of what is recorded: proposals of all images come in multiples of this many,
-CANDIDATES = 512
-OBJECTS = 8  # and ground-truth objects of an image in this many, or twice, four times as many, ...
-FORMS = 8  # that are recorded of each part
-
-
-class StageMaskHeads(nn.ModuleList):
-    """One mask head per cascade stage; called as a whole it averages them (test time)."""
-
-    def forward(self, x: Tensor, instances: list[Instances]) -> list[Instances]:
-        """Set ``pred_masks`` to the mean over the stages of the predicted probabilities.
-
-        Args:
-            x: pooled features, (R, C, H, W).
-            instances: N images' detections, with ``pred_classes``.
-
-        Returns:
-            The same instances, with ``pred_masks`` (R_i, 1, M, M) in [0, 1].
-        """
-        per_stage = [[i.pred_masks for i in head(x, instances)] for head in self]
-        for instances_i, masks in zip(instances, zip(*per_stage, strict=True), strict=True):
-            instances_i.pred_masks = torch.stack(masks).mean(dim=0)
-        return instances
+FORMS = 8  # of inputs that are recorded of each part
 
 
 class ClassSpecificCascadeROIHeads(CascadeROIHeads):
@@ -149,9 +125,9 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
         """
         if not self.training:
             return super().forward(images, features, proposals)
-        objects = _pad_objects(targets)
+        objects = pad_objects(targets)
         bounds = image_bounds(to_device([p.image_size for p in proposals], objects.boxes.device))
-        boxes, images = _pad_candidates(proposals)
+        boxes, images = pad_candidates(proposals)
         first: list[Instances] = []
         losses: dict[str, Tensor] = {}
         for k in range(self.num_cascade_stages):
@@ -185,13 +161,13 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
             image has targets, ``gt_boxes`` and ``gt_index`` (the target's place among the image's
             targets).
         """
-        candidates = _pad_candidates(proposals)
-        return self._sample(*candidates, _pad_objects(targets), stage).instances(targets)
+        candidates = pad_candidates(proposals)
+        return self._sample(*candidates, pad_objects(targets), stage).instances(targets)
 
     @torch.no_grad()
-    def _sample(self, boxes: Tensor, images: Tensor, objects: _Objects, stage: int) -> _Samples:
+    def _sample(self, boxes: Tensor, images: Tensor, objects: Objects, stage: int) -> Samples:
         """Sample candidates (C, 4) of the images (C,), -1 for those that may not be sampled."""
-        sampler = _Sampler(
+        sampler = Sampler(
             self.proposal_matchers[stage],
             num_classes=self.num_classes,
             batch_size_per_image=self.batch_size_per_image,
@@ -201,7 +177,7 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
         floats, integers, counts = self._sampling[stage](sampler, boxes, images, *objects)
         count = len(objects.counts)
         numbers = counts.tolist()
-        samples = _Samples(floats, integers, numbers[:count], numbers[count:])
+        samples = Samples(floats, integers, numbers[:count], numbers[count:])
         storage = get_event_storage()
         with storage.name_scope(f"stage{stage}"):
             storage.put_scalar("roi_head/num_fg_samples", sum(samples.foreground) / count)
@@ -211,7 +187,7 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
     def _train_boxes(
         self,
         features: dict[str, Tensor],
-        samples: _Samples,
+        samples: Samples,
         targets: list[Instances],
         bounds: Tensor,
         stage: int,
@@ -333,146 +309,6 @@ def _call(module: nn.Module, *inputs: Tensor) -> Any:
     return module(*inputs)
 
 
-class _Objects(NamedTuple):
-    """The ground truth of N images."""
-
-    boxes: Tensor  # (N, G, 4), then zeros
-    classes: Tensor  # (N, G)
-    counts: Tensor  # how many an image has, (N,)
-
-
-@dataclass
-class _Samples:
-    """What a stage is trained on: image by image, foreground first, and padding after all."""
-
-    floats: Tensor  # boxes and those of the objects, (N S, 8); 0 in the padding
-    integers: Tensor  # (N S, 5); -1 in the padding, see COLUMNS
-    foreground: list[int]  # of each image
-    others: list[int]
-
-    # The class, K for background; the object's place among the image's; the image; whether the box
-    # is a ground-truth object's; and whose candidate it is in the next stage, -1 for no one's.
-    COLUMNS = ("classes", "index", "images", "is_ground_truth", "candidates")
-
-    def __len__(self) -> int:
-        return sum(self.foreground) + sum(self.others)
-
-    @property
-    def candidates(self) -> Tensor:
-        return self.integers[:, self.COLUMNS.index("candidates")]
-
-    def of_images(self, name: str) -> list[Tensor]:
-        """A column, image by image."""
-        if name in self.COLUMNS:
-            column = self.integers[:, self.COLUMNS.index(name)]
-        else:
-            column = self.floats[:, :4] if name == "boxes" else self.floats[:, 4:]
-        sizes = [f + b for f, b in zip(self.foreground, self.others, strict=True)]
-        return list(column[: len(self)].split(sizes))
-
-    def instances(self, targets: list[Instances]) -> list[Instances]:
-        """See :meth:`ClassSpecificCascadeROIHeads.label_and_sample_proposals`."""
-        names = ("boxes", "objects", "classes", "index", "is_ground_truth")
-        columns = [self.of_images(name) for name in names]
-        instances = []
-        for target, boxes, objects, classes, index, added in zip(targets, *columns, strict=True):
-            sample = Instances(target.image_size, proposal_boxes=Boxes(boxes))
-            sample.gt_classes, sample.is_ground_truth = classes, added == 1
-            if len(target):
-                sample.gt_boxes, sample.gt_index = Boxes(objects), index
-            instances.append(sample)
-        return instances
-
-    def foreground_instances(self, targets: list[Instances]) -> list[Instances]:
-        """The foreground of N images: ``proposal_boxes``, ``gt_classes`` and ``gt_index``."""
-        columns = [self.of_images(name) for name in ("boxes", "classes", "index")]
-        return [
-            Instances(
-                target.image_size,
-                proposal_boxes=Boxes(boxes[:count]),
-                gt_classes=classes[:count],
-                gt_index=index[:count],
-            )
-            for target, count, boxes, classes, index in zip(
-                targets, self.foreground, *columns, strict=True
-            )
-        ]
-
-
-class _Sampler(nn.Module):
-    """Matches candidates with objects and samples them; waits for nothing.
-
-    Args:
-        matcher: of IoUs.
-        num_classes: K.
-        batch_size_per_image: S.
-        positive_fraction: the largest share of foreground.
-        append_objects: whether the objects are candidates, too.
-    """
-
-    def __init__(
-        self,
-        matcher: Call,
-        *,
-        num_classes: int,
-        batch_size_per_image: int,
-        positive_fraction: float,
-        append_objects: bool,
-    ) -> None:
-        super().__init__()
-        self.matcher = matcher
-        self.num_classes = num_classes
-        self.batch_size_per_image = batch_size_per_image
-        self.positive_fraction = positive_fraction
-        self.append_objects = append_objects
-
-    def forward(
-        self,
-        boxes: Tensor,
-        images: Tensor,
-        gt_boxes: Tensor,
-        gt_classes: Tensor,
-        gt_counts: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The ``floats`` and ``integers`` of samples, and how many are foreground and others.
-
-        Args:
-            boxes: candidates, (C, 4).
-            images: whose they are, (C,); -1 for those not to be sampled.
-            gt_boxes, gt_classes, gt_counts: see :class:`_Objects`.
-        """
-        count, most = gt_classes.shape
-        given = len(boxes)
-        if self.append_objects:
-            there = torch.arange(most, device=boxes.device) < gt_counts[:, None]
-            numbers = torch.arange(count, device=boxes.device)[:, None].expand(count, most)
-            boxes = torch.cat([boxes, gt_boxes.flatten(0, 1)])
-            images = torch.cat([images, numbers.where(there, -1).flatten()])
-        owners = images.clamp(min=0)
-        index, labels = self.matcher(_iou(gt_boxes[owners], boxes[:, None]).T)
-        classes = gt_classes[owners, index].where(labels == 1, self.num_classes)
-        classes = classes.masked_fill((labels == -1) | (images < 0), -1)
-        places, foreground, others = draw_samples(
-            classes,
-            owners,
-            count,
-            background=self.num_classes,
-            batch_size_per_image=self.batch_size_per_image,
-            positive_fraction=self.positive_fraction,
-        )
-        added = torch.arange(len(boxes), device=boxes.device) >= given
-        columns = [classes, index, images, added.to(torch.int64), images.masked_fill(added, -1)]
-        padding = (places < 0)[:, None]
-        places = places.clamp(min=0)
-        floats = torch.cat([boxes, gt_boxes[owners, index]], dim=1)[places]
-        integers = torch.stack(columns, dim=1)[places]
-        return (
-            floats.masked_fill(padding, 0),
-            integers.masked_fill(padding, -1),
-            torch.cat([foreground, others]),
-        )
-
-
 class _Ending(nn.Module):
     """What a stage does after its box head: losses, statistics and the boxes refined.
 
@@ -491,7 +327,7 @@ class _Ending(nn.Module):
 
         Args:
             x: from the box head, (N S, ...).
-            floats, integers: see :class:`_Samples`.
+            floats, integers: see :class:`Samples`.
             bounds: of the images, (N, 4).
         """
         predictions, flaw = _finite(self.predictor(x))
@@ -539,40 +375,6 @@ def _move(
     return moved.nan_to_num(nan=0.0).clamp(min=0).minimum(frames)
 
 
-def _iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoUs of boxes (..., 4) with others, as Detectron2's ``pairwise_iou`` computes them."""
-    starts = torch.maximum(boxes[..., :2], others[..., :2])
-    ends = torch.minimum(boxes[..., 2:], others[..., 2:])
-    width, height = (ends - starts).clamp(min=0).unbind(dim=-1)
-    common = width * height
-    area, other = ((x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (boxes, others))
-    return torch.where(common > 0, common / (area + other - common), 0)
-
-
-def _pad_candidates(proposals: list[Instances]) -> tuple[Tensor, Tensor]:
-    """Proposals of all images, (C, 4), and whose they are, (C,), -1 for padding."""
-    boxes = [p.proposal_boxes.tensor if len(p) else _whole_frame(p) for p in proposals]
-    ends = list(accumulate(len(b) for b in boxes))
-    device = boxes[0].device
-    count = -(-ends[-1] // CANDIDATES) * CANDIDATES
-    numbers = torch.arange(count, dtype=torch.float32, device=device)
-    images = torch.searchsorted(to_device(ends, device), numbers, right=True)
-    images = images.masked_fill(images == len(boxes), -1)
-    return F.pad(torch.cat(boxes), (0, 0, 0, count - ends[-1])), images
-
-
-def _pad_objects(targets: list[Instances]) -> _Objects:
-    counts = [len(target) for target in targets]
-    most = OBJECTS
-    while most < max(counts):
-        most *= 2
-    boxes = targets[0].gt_boxes.tensor.new_zeros(len(targets), most, 4)
-    classes = targets[0].gt_classes.new_zeros(len(targets), most)
-    for target, count, boxes_i, classes_i in zip(targets, counts, boxes, classes, strict=True):
-        boxes_i[:count], classes_i[:count] = target.gt_boxes.tensor, target.gt_classes
-    return _Objects(boxes, classes, to_device(counts, boxes.device))
-
-
 def _finite(predictions: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
     """The predictions with zeros for what is not finite, and NaN if there was such, else 0.
 
@@ -589,9 +391,3 @@ def _frames(proposals: list[Instances]) -> list[Tensor]:
     device = proposals[0].proposal_boxes.device
     bounds = image_bounds(to_device([p.image_size for p in proposals], device))
     return [bound.expand(len(p), 4) for bound, p in zip(bounds, proposals, strict=True)]
-
-
-def _whole_frame(proposals: Instances) -> Tensor:
-    """The image's frame as its one proposal, (1, 4), with the device and dtype of ``proposals``."""
-    height, width = proposals.image_size
-    return proposals.proposal_boxes.tensor.new_tensor([[0, 0, width, height]])

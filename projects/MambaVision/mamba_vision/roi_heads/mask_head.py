@@ -16,7 +16,7 @@ from torchvision.ops import roi_align
 from ..scalars import put_scalars
 from ..training_graphs import TrainingGraphs
 
-__all__ = ["MaskHead", "SharedMasks"]
+__all__ = ["MaskHead", "SharedMasks", "StageMaskHeads"]
 
 ROWS = 64  # recorded are multiples of this many RoIs, or of a quarter of a power of two
 STATISTICS = (  # Detectron2's names
@@ -24,6 +24,25 @@ STATISTICS = (  # Detectron2's names
     "mask_rcnn/false_positive",
     "mask_rcnn/false_negative",
 )
+
+
+class StageMaskHeads(nn.ModuleList):
+    """One mask head per cascade stage; called as a whole it averages them (test time)."""
+
+    def forward(self, x: Tensor, instances: list[Instances]) -> list[Instances]:
+        """Set ``pred_masks`` to the mean over the stages of the predicted probabilities.
+
+        Args:
+            x: pooled features, (R, C, H, W).
+            instances: N images' detections, with ``pred_classes``.
+
+        Returns:
+            The same instances, with ``pred_masks`` (R_i, 1, M, M) in [0, 1].
+        """
+        per_stage = [[i.pred_masks for i in head(x, instances)] for head in self]
+        for instances_i, masks in zip(instances, zip(*per_stage, strict=True), strict=True):
+            instances_i.pred_masks = torch.stack(masks).mean(dim=0)
+        return instances
 
 
 class SharedMasks:
