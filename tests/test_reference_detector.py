@@ -20,7 +20,7 @@ from torchvision.ops import box_iou
 from mamba_vision import MambaVisionCheckpointer, model_zoo
 from mamba_vision.benchmarks.timing import exact
 from mamba_vision.inference import Graphs, prepare
-from mamba_vision.roi_heads.cascade import StageMaskHeads
+from mamba_vision.roi_heads import StageMaskHeads
 
 COPY = Path(__file__).parent / "data/reference_detector"
 FOLDER = Path(os.environ.get("MAMBAVISION_REFERENCE") or COPY)

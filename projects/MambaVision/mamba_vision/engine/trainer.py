@@ -29,6 +29,7 @@ from ..errors import UserError
 from ..proposals import to_device
 from ..randomness import seed_all
 from ..scalars import begin_flush
+from .transfer import send
 
 __all__ = ["Trainer"]
 
@@ -179,7 +180,7 @@ class Trainer(SimpleTrainer):
                 if not last and isinstance(self.model, DistributedDataParallel):
                     stack.enter_context(self.model.no_sync())
                 with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):
-                    losses = self.model(data[k * size : (k + 1) * size])
+                    losses = self.model(send(data[k * size : (k + 1) * size], self.device))
                     if isinstance(losses, Tensor):
                         losses = {"total_loss": losses}
                     losses = {name: loss / self._accumulate for name, loss in losses.items()}
