@@ -10,6 +10,7 @@ from torchvision.ops import box_iou, roi_align
 
 from mamba_vision.errors import UserError
 from mamba_vision.matcher import Matcher
+from mamba_vision.roi_heads import ClassSpecificOutputLayers
 from mamba_vision.scalars import flush_scalars
 from mamba_vision.training_graphs import TrainingGraphs
 
@@ -283,6 +284,23 @@ def test_recorded_steps_equal_the_others(make_heads, features, scene, train, dev
         assert len(scalars) > 10
     assert [graphs.recordings for graphs in _graphs(recorded)[:6]] == [1] * 6
     assert all(graphs.recordings for graphs in _graphs(recorded)[6:])
+
+
+def test_a_predictor_with_losses_of_its_own_keeps_them(make_heads, features, scene, train):
+    class Doubled(ClassSpecificOutputLayers):
+        def losses(self, predictions, proposals):
+            return {k: 2 * loss for k, loss in super().losses(predictions, proposals).items()}
+
+    plain, doubled = make_heads(), make_heads()
+    doubled.load_state_dict(plain.state_dict())
+    for predictor in doubled.box_predictor:
+        predictor.__class__ = Doubled
+    results = []
+    for heads in (plain, doubled):
+        torch.manual_seed(0)
+        results.append(train(heads, features, *scene)[0])
+    for name, loss in results[0].items():
+        assert_close(results[1][name], loss * (1 if "mask" in name else 2))
 
 
 def test_low_quality_matches_are_one_clear_error(make_heads):

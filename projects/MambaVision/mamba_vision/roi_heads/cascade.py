@@ -103,7 +103,7 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
                     "leave cls_agnostic_bbox_reg off and give it the same num_classes"
                 )
         for k, matcher in enumerate(self.proposal_matchers):
-            if matcher.allow_low_quality_matches:
+            if getattr(matcher, "allow_low_quality_matches", False):
                 raise UserError(
                     f"roi_heads.proposal_matchers.{k}.allow_low_quality_matches is True, which is "
                     "for anchors; set it to False"
@@ -200,7 +200,7 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
         if missing:
             x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing))
         predictor = self.box_predictor[stage]
-        if isinstance(predictor, ClassSpecificOutputLayers):
+        if getattr(type(predictor), "losses", None) is ClassSpecificOutputLayers.losses:
             losses, statistics, boxes = self._ending[stage](
                 _Ending(predictor), x, samples.floats, samples.integers, bounds
             )
