@@ -34,7 +34,8 @@ class TrainingGraphs:
     A copy, and what a pickle holds, starts with no recordings.
 
     Args:
-        limit: forms that are recorded at most. Their recordings share memory.
+        limit: forms that are recorded at most; with 0 the module is always simply called. Their
+            recordings share memory.
         record: how to record; None for CUDA graphs.
 
     Attributes:
@@ -56,7 +57,7 @@ class TrainingGraphs:
 
     def records(self, x: Tensor) -> bool:
         """Whether calls with inputs on the device of ``x`` may be recorded."""
-        return not self._failed and (x.is_cuda or self._given is not None)
+        return self._limit > 0 and not self._failed and (x.is_cuda or self._given is not None)
 
     def __call__(self, module: nn.Module, *inputs: Tensor) -> Any:
         """Call a module.

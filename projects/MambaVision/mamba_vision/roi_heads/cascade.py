@@ -14,8 +14,7 @@ Shapes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers
@@ -109,13 +108,12 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
                     "for anchors; set it to False"
                 )
 
-        def graphs() -> list[Call]:
-            return [TrainingGraphs(FORMS) if cuda_graphs else _call for _ in self.box_head]
-
-        self._sampling, self._ending = graphs(), graphs()
+        limit = FORMS if cuda_graphs else 0
+        self._sampling = [TrainingGraphs(limit) for _ in self.box_head]
+        self._ending = [TrainingGraphs(limit) for _ in self.box_head]
         for head in self.mask_head if self.mask_on else ():
-            if isinstance(head, MaskHead) and cuda_graphs:
-                head.graphs = TrainingGraphs(FORMS)
+            if isinstance(head, MaskHead):
+                head.graphs = TrainingGraphs(limit)
 
     def forward(self, images, features, proposals, targets=None):
         """See :meth:`detectron2.modeling.roi_heads.ROIHeads.forward`.
@@ -300,13 +298,6 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
             [x.proposal_boxes for x in foreground],
         )
         return self.mask_head[stage](pooled, foreground)
-
-
-Call = Callable[..., Any]  # a module with inputs, as TrainingGraphs does
-
-
-def _call(module: nn.Module, *inputs: Tensor) -> Any:
-    return module(*inputs)
 
 
 class _Ending(nn.Module):
