@@ -15,6 +15,8 @@ from mamba_vision.backbone.attention import Attention
 from mamba_vision.backbone.blocks import MixerBlock
 from mamba_vision.backbone.mixer import MambaVisionMixer
 from mamba_vision.errors import UserError
+from mamba_vision.precision import weights_to_cast
+from mamba_vision.recorder import copy_each
 from mamba_vision.training_graphs import TrainingGraphs
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
@@ -135,6 +137,22 @@ def test_mixed_precision_with_scaled_gradients(device, dtype):
             gradients = [[p.grad for p in m.parameters()] for m in (replayed, plain)]
             _assert_close(*gradients, tolerance=0.05)
     _assert_close(list(replayed.parameters()), list(plain.parameters()), tolerance=1e-3)
+
+
+def test_all_weights_of_a_recording_are_cast_together():
+    blocks, graphs = _blocks("cpu"), _graphs("cpu")
+    x = _tokens("cpu")
+
+    def casts():
+        with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as seen:
+            graphs(blocks, x).float().sum().backward()
+        counts = {event.key: event.count for event in seen.key_averages()}
+        return counts.get("aten::_to_copy", 0)
+
+    called = [casts() for _ in range(4)]
+    assert called[0] == called[1]
+    weights = len(weights_to_cast(blocks))
+    assert called[0] - called[3] >= 2 * weights  # there, and their gradients back
 
 
 def test_autocast_is_part_of_the_form(device):
@@ -523,3 +541,21 @@ def test_checkpointed_stages_record_nothing(nano, device):
         level.graphs = _graphs(device)
     _losses(backbone, device, [(64, 64)] * 4)
     assert [level.graphs.recordings for level in backbone.levels[2:]] == [0, 0]
+
+
+def test_tensors_of_any_forms_are_copied(device):
+    sources = [
+        torch.randn(3, 5, device=device),
+        torch.randn(5, 3, device=device).t(),
+        torch.randn(4, device=device, dtype=torch.float16),
+        torch.arange(6, device=device),
+    ]
+    dtypes = (torch.float16, torch.float32, torch.float32, torch.int64)
+    targets = [
+        torch.empty(x.shape, dtype=dtype, device=device) for x, dtype in zip(sources, dtypes)
+    ]
+    copy_each(sources, targets)
+    for source, target in zip(sources, targets):
+        assert torch.equal(target, source.to(target.dtype))
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        copy_each(sources, targets[:2])

@@ -5,10 +5,12 @@ import argparse
 import pytest
 import torch
 from detectron2.config import instantiate
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mamba_vision.backbone import MambaVision
 from mamba_vision.engine import Predictor, do_test, do_train, load_config
 from mamba_vision.errors import UserError
-from mamba_vision.precision import autocast, precision
+from mamba_vision.precision import autocast, precision, weights_to_cast
 
 
 @pytest.fixture
@@ -49,6 +51,40 @@ def test_other_names_are_refused():
         precision("fp8", "train.amp.dtype")
     with pytest.raises(UserError, match=r"train\.eval_amp=int8"):
         autocast("int8", "cpu")
+
+
+class _Casts(TorchDispatchMode):
+    """Notes where what is cast lies in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.places.add(args[0].data_ptr())
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_weights_to_cast_are_those_that_autocast_casts():
+    model = MambaVision(
+        dim=16,
+        in_dim=8,
+        depths=(1, 1, 2, 2),
+        num_heads=(1, 1, 2, 2),
+        window_size=(8, 8, 4, 4),
+        layer_scale=0.1,
+        layer_scale_conv=0.1,
+    )
+    with _Casts() as casts, torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(torch.rand(1, 3, 64, 64))
+    found = {name for name, w in model.named_parameters() if w.data_ptr() in casts.places}
+    named = {id(weight) for weight in weights_to_cast(model)}
+    listed = {name for name, w in model.named_parameters() if id(w) in named}
+    # On a CPU the operators are composed, and cast their weights to what they compute in, or not.
+    inside = ("conv1d_x.weight", "conv1d_z.weight", "dt_proj.bias")
+    assert listed == {name for name in found if not name.endswith(inside)}
+    assert len(listed) > 30
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import detectron2.layers
 import torch
+from torch import nn
 
 from .errors import UserError
 
-__all__ = ["autocast", "precision"]
+__all__ = ["autocast", "precision", "weights_to_cast"]
 
 PRECISIONS = {
     "fp16": torch.float16,
@@ -16,6 +18,9 @@ PRECISIONS = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+# Layers of whose weights autocast makes a copy in its dtype whenever they are used.
+_CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, detectron2.layers.Conv2d)
 
 
 def precision(name: str, key: str) -> torch.dtype:
@@ -48,3 +53,14 @@ def autocast(
         return torch.autocast(torch.device(device).type, dtype=dtype)
     except RuntimeError as error:
         raise UserError(f"{key}={name} cannot be used here: {error}; leave it empty") from error
+
+
+def weights_to_cast(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that may be given to a module in autocast's dtype, which casts them anyway.
+
+    What modules name in ``KEPT`` goes to operators as it is.
+    """
+    kept = {m.get_parameter(name) for m in module.modules() for name in getattr(m, "KEPT", ())}
+    layers = (layer for layer in module.modules() if type(layer) in _CAST)
+    weights = (weight for layer in layers for weight in layer.parameters(recurse=False))
+    return [weight for weight in dict.fromkeys(weights) if weight not in kept]

@@ -7,12 +7,13 @@ and what it computes lies where it lay the last time.
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Arena", "CudaRecorder", "Record", "Run", "autocast_now"]
+__all__ = ["Arena", "CudaRecorder", "Record", "Run", "autocast_now", "copy_each"]
 
 _ALIGNMENT = 256  # bytes, as the allocator's
 
@@ -126,3 +127,15 @@ class Arena:
             numbers = self._memory[start:end].view(like.dtype)
             placed.append(numbers.as_strided(like.shape, like.stride()))
         return placed
+
+
+@torch.no_grad()
+def copy_each(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copy tensors into others of the same shapes, in as few launches as their dtypes allow."""
+    groups = defaultdict(list)
+    for source, target in zip(sources, targets, strict=True):
+        # If one of a list has other dtypes or strides, each of the list is launched by itself.
+        form = source.dtype, target.dtype, source.stride() == target.stride()
+        groups[form].append((source, target))
+    for pairs in groups.values():
+        torch._foreach_copy_([target for _, target in pairs], [source for source, _ in pairs])

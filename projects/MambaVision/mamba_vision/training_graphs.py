@@ -15,7 +15,8 @@ from torch.func import functional_call
 from torchvision.ops import StochasticDepth
 
 from .errors import UserError
-from .recorder import Arena, CudaRecorder, Record, autocast_now
+from .precision import weights_to_cast
+from .recorder import Arena, CudaRecorder, Record, autocast_now, copy_each
 
 __all__ = ["TrainingGraphs"]
 
@@ -92,6 +93,7 @@ class TrainingGraphs:
         self._known: dict[tuple, _Recording] = {}
         self._record = self._given
         self._inputs: Arena | None = None
+        self._casts: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def _find(
         self, module: nn.Module, state: tuple, inputs: tuple[Tensor, ...]
@@ -123,7 +125,7 @@ class TrainingGraphs:
             memory = self._inputs.place([x.detach() for x in inputs])
             for place, x in zip(memory, inputs):
                 place.copy_(x.detach()).requires_grad_(x.requires_grad)
-            self._known[form] = _Recording(module, memory, autocast, self._record)
+            self._known[form] = _Recording(module, memory, autocast, self._record, self._casts)
             self.recordings += 1
         except RuntimeError as error:
             reason = str(error).split("\n", 1)[0]
@@ -145,6 +147,8 @@ class _Recording:
             backward pass.
         autocast: its dtype; None if it is off.
         record: how to record.
+        casts: the weights in autocast's dtype, written before each forward pass; by name and dtype.
+            Those that are missing are added.
 
     Attributes:
         inputs: those given.
@@ -152,8 +156,8 @@ class _Recording:
         several: whether the module gives a tuple.
         asked: which of the inputs and weights get gradients.
         output_gradients: written before the backward pass; None where there can be none.
-        gradients: of each input and weight, written by the backward pass; None where none is
-            required. The next forward pass may overwrite them.
+        gradients: of each input and weight, written by the backward pass, perhaps in autocast's
+            dtype; None where none is required. The next forward pass may overwrite them.
         forward, backward: run the passes.
     """
 
@@ -168,13 +172,21 @@ class _Recording:
         inputs: list[Tensor],
         autocast: torch.dtype | None,
         record: Record,
+        casts: dict[tuple[str, torch.dtype], Tensor],
     ) -> None:
         self.inputs = inputs
         # Leaves of their own, in the same memory: hooks on a weight see its true gradients alone.
-        weights = {
-            name: weight.detach().requires_grad_(weight.requires_grad)
-            for name, weight in module.named_parameters()
-        }
+        # All that autocast would cast one by one, there and back, is cast at once.
+        cast = set(weights_to_cast(module)) if autocast is not None else set()
+        weights, masters, halves = {}, [], []
+        for name, weight in module.named_parameters():
+            leaf = weight.detach()
+            if autocast is not None and weight in cast:
+                half = torch.empty_like(leaf, dtype=autocast)
+                masters.append(leaf)
+                leaf = casts.setdefault((name, autocast), half)
+                halves.append(leaf.detach())
+            weights[name] = leaf.requires_grad_(weight.requires_grad)
         leaves = [*self.inputs, *weights.values()]
         self.asked = [i for i, x in enumerate(leaves) if x.requires_grad]
         device = leaves[0].device.type
@@ -182,8 +194,11 @@ class _Recording:
         def forward() -> None:
             self.gradients = []
             # Casts of the weights kept from before would not follow the weights.
-            casts = torch.autocast(device, autocast, autocast is not None, cache_enabled=False)
-            with torch.set_grad_enabled(bool(self.asked)), casts:
+            autocasting = torch.autocast(
+                device, autocast, autocast is not None, cache_enabled=False
+            )
+            copy_each(masters, halves)
+            with torch.set_grad_enabled(bool(self.asked)), autocasting:
                 outputs = functional_call(module, weights, tuple(self.inputs))
             self.several = isinstance(outputs, tuple)
             self.outputs = outputs if self.several else (outputs,)
@@ -219,6 +234,7 @@ class _Replay(torch.autograd.Function):
             memory.detach().copy_(x)
         recording.forward()
         ctx.recording, ctx.token = recording, token
+        ctx.dtypes = [x.dtype for x in tensors]
         ctx.set_materialize_grads(False)
         outputs = tuple(y.detach().clone() for y in recording.outputs)
         without = zip(outputs, recording.output_gradients)
@@ -240,15 +256,15 @@ class _Replay(torch.autograd.Function):
         recording.backward()
         ctx.token = None
         # Autograd would make what it is given a parameter's .grad.
-        return None, None, *_copies(recording.gradients)
-
-
-def _copies(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    copies = [None if t is None else torch.empty_like(t) for t in tensors]
-    pairs = [(a, b) for a, b in zip(copies, tensors) if a is not None and b is not None]
-    if pairs:
-        torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
-    return copies
+        copies = [
+            None if gradient is None else torch.empty_like(gradient, dtype=dtype)
+            for gradient, dtype in zip(recording.gradients, ctx.dtypes)
+        ]
+        copy_each(
+            [gradient for gradient in recording.gradients if gradient is not None],
+            [copy for copy in copies if copy is not None],
+        )
+        return None, None, *copies
 
 
 def _is_recordable(module: nn.Module) -> bool:

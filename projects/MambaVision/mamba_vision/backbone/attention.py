@@ -80,9 +80,10 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :channels]
         return self.proj(y.transpose(1, 2).flatten(2))
 
-    def _heads(self, x: Tensor, count: int) -> Tensor:
-        """(B, L, count C) -> (count, B, H, L, E), a view."""
-        return x.unflatten(-1, (count, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    def _heads(self, x: Tensor, count: int) -> list[Tensor]:
+        """(B, L, count C) -> count times (B, H, L, E), views whose gradients join in one copy."""
+        parts = x.chunk(count, dim=-1)
+        return [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts]
 
 
 def _kernels(backend: str | None, q: Tensor) -> AbstractContextManager:

@@ -34,6 +34,7 @@ class MambaVisionMixer(nn.Module):
 
     STATES = 8
     CONV_WIDTH = 3
+    KEPT = ("conv1d_x.weight", "conv1d_z.weight", "dt_proj.bias")  # in float32 by the operators
 
     def __init__(
         self, dim: int, *, scan_backend: str | None = None, conv_backend: str | None = None

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from ..errors import UserError
 from ..proposals import to_device
 from ..randomness import seed_all
+from ..recorder import copy_each
 from ..scalars import begin_flush
 from .transfer import send
 
@@ -115,7 +116,7 @@ class Trainer(SimpleTrainer):
 
         seed_all(self._seed, self.iter, comm.get_rank())
         self.optimizer.zero_grad()
-        _copy(self._statistics, self._statistics_before)
+        copy_each(self._statistics, self._statistics_before)
         bad = getattr(self.data_loader, "bad_images", None)
         flags = self._stop_requested(), bad is not None and bad.has_news()
         try:
@@ -216,7 +217,7 @@ class Trainer(SimpleTrainer):
 
     def _skip(self, data: Batch, losses: Mapping[str, float]) -> None:
         """Leave the model as it was, and say of which images the loss was not finite."""
-        _copy(self._statistics_before, self._statistics)
+        copy_each(self._statistics_before, self._statistics)
         self._nonfinite += 1
         records = comm.gather(
             {
@@ -245,13 +246,6 @@ class Trainer(SimpleTrainer):
                 f"{self._nonfinite} times in a row (train.max_nonfinite); lower optimizer.lr, or "
                 f"check the images and losses listed in {path}"
             )
-
-
-@torch.no_grad()
-def _copy(source: list[Tensor], target: list[Tensor]) -> None:
-    for dtype in {tensor.dtype for tensor in source}:  # one launch each; mixed, one for each tensor
-        values = [tensor for tensor in source if tensor.dtype == dtype]
-        torch._foreach_copy_([tensor for tensor in target if tensor.dtype == dtype], values)
 
 
 def _size(image: Mapping[str, Any]) -> list[int]:

@@ -6,14 +6,12 @@ import copy
 from contextlib import AbstractContextManager
 from typing import Any
 
-import detectron2.layers
 import torch
 from detectron2.modeling import FPN, GeneralizedRCNN
 from torch import nn
 
 from ..backbone import MambaVision
-from ..backbone.mixer import MambaVisionMixer
-from ..precision import autocast, precision
+from ..precision import autocast, precision, weights_to_cast
 from ..proposal_generator import RPN, AnchorGenerator
 from ..roi_heads import ClassSpecificCascadeROIHeads, ClassSpecificOutputLayers, ROIPooler
 from .detector import GraphedDetector
@@ -21,8 +19,6 @@ from .fuse import fuse as fold_norms
 from .graphs import Graphs
 
 __all__ = ["Prepared", "prepare"]
-
-CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, detectron2.layers.Conv2d)
 
 
 def prepare(
@@ -67,7 +63,8 @@ def prepare(
         # The maps are so in memory; else a convolution's weights would be turned at every call.
         part.to(memory_format=torch.channels_last)
         if dtype:
-            _cast_weights(part, precision(dtype, key))
+            for weight in weights_to_cast(part):
+                weight.data = weight.data.to(precision(dtype, key))
     prepared = Prepared(model, context)
     if cuda_graphs and tensor.device.type == "cuda":
         prepared.use_graphs(Graphs(tensor.device))
@@ -135,15 +132,3 @@ def _never_wait(heads: ClassSpecificCascadeROIHeads) -> bool:
     poolers = [heads.box_pooler, *([heads.mask_pooler] if heads.mask_on else [])]
     own = type(heads.box_predictor[-1]) is ClassSpecificOutputLayers
     return own and all(isinstance(pooler, ROIPooler) for pooler in poolers)
-
-
-def _cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what autocast would cast whenever it is used."""
-    kept: set[Any] = set()
-    for mixer in module.modules():
-        if isinstance(mixer, MambaVisionMixer):  # these go to the operators, as they are
-            kept |= {mixer.conv1d_x.weight, mixer.conv1d_z.weight, mixer.dt_proj.bias}
-    for layer in module.modules():
-        if type(layer) in CAST:
-            for parameter in set(layer.parameters(recurse=False)) - kept:
-                parameter.data = parameter.data.to(dtype)
