@@ -29,9 +29,12 @@ every_backend = pytest.mark.parametrize(
 )
 
 
-def by_definition(x, branch, gamma, weight, bias):
+def by_definition(x, branch, gamma, weight, bias, *, keep=None):
     if branch is not None:
-        x = x + (branch if gamma is None else gamma * branch)
+        branch = branch if gamma is None else gamma * branch
+        if keep is not None:
+            branch = torch.stack([k * b for k, b in zip(keep.to(branch), branch)])
+        x = x + branch
     variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
     return x, (x - mean) / torch.sqrt(variance + EPS) * weight + bias
 
@@ -64,15 +67,19 @@ def names(inputs):
     return outputs + [f"gradient of {n}" for n, x in zip(NAMES, inputs) if x is not None]
 
 
-def compare(judge, function, inputs, device, dtype):
+def compare(judge, function, inputs, device, dtype, keep=None):
     """With what the definition gives in float64, by the error of PyTorch's own operators."""
+    definition = by_definition
+    if keep is not None:
+        definition = functools.partial(by_definition, keep=keep)
+        function = functools.partial(function, keep=keep.to(device))
     weights = torch.randn(2, *inputs[0].shape)
     exact = [None if x is None else x.double() for x in inputs]
-    plain = functools.partial(torch_layer_norm.run, eps=EPS, dtype=dtype)
+    plain = functools.partial(torch_layer_norm.run, keep=keep, eps=EPS, dtype=dtype)
     judge(
         names(inputs),
         differentiate(function, [None if x is None else x.to(device) for x in inputs], weights),
-        differentiate(by_definition, exact, weights.double()),
+        differentiate(definition, exact, weights.double()),
         differentiate(plain, inputs, weights),
     )
 
@@ -87,6 +94,16 @@ def test_agrees_with_the_definition(judge, backend, device, shape, dtype, kind):
     inputs = draw(shape, dtype, branch=kind != "norm", gamma=kind == "scale and add")
     function = functools.partial(backend.run, eps=EPS, dtype=dtype)
     compare(judge, function, inputs, device, dtype)
+
+
+@pytest.mark.parametrize("gamma", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 7), (3, 4, 5, 24), (4, 1, 80)])
+@every_backend
+def test_branches_are_kept_by_factors(judge, backend, device, shape, dtype, gamma):
+    keep = torch.tensor([0.0, 1.25, 2.0, 0.0])[: shape[0]]
+    function = functools.partial(backend.run, eps=EPS, dtype=dtype)
+    compare(judge, function, draw(shape, dtype, gamma=gamma), device, dtype, keep)
 
 
 @pytest.mark.cuda
@@ -202,6 +219,8 @@ def test_wrong_shapes_and_backends():
         add_layer_norm(x, branch, gamma[:8], weight, bias, EPS)
     with pytest.raises(ValueError, match=r"branch has shape \(2, 16\), x has \(3, 16\)"):
         add_layer_norm(x, branch[:2], gamma, weight, bias, EPS)
+    with pytest.raises(ValueError, match=r"keep must have shape \(B\) with B = 3, not \(4,\)"):
+        add_layer_norm(x, branch, gamma, weight, bias, EPS, keep=torch.ones(4))
     with pytest.raises(UserError, match="no backend is called 'nowhere'"):
         add_layer_norm(x, branch, gamma, weight, bias, EPS, backend="nowhere")
     reason = triton_layer_norm.obstacle(torch.device("cuda"), (torch.float32,), width=4097)
@@ -214,7 +233,9 @@ def test_the_operator_is_well_formed(kind):
     inputs = draw((3, 7), branch=kind != "norm", gamma=kind == "scale and add")
     inputs = [None if x is None else x.to(DEVICE).requires_grad_() for x in inputs]
     operator = torch.ops.mamba_vision.add_layer_norm.default
-    torch.library.opcheck(operator, (*inputs, EPS, torch.float32))
+    factors = torch.tensor([0.0, 2.0, 1.0], device=DEVICE)
+    for keep in (None, factors) if kind != "norm" else (None,):
+        torch.library.opcheck(operator, (*inputs, keep, EPS, torch.float32))
 
 
 def test_it_compiles_whole(monkeypatch):

@@ -122,8 +122,12 @@ class MixerBlock(nn.Module):
         """
         tokens = [x] if wanted is None else [x, wanted]
         branch = self.mixer(*(self._add_norm(self.norm1, t)[1] for t in tokens))
-        x, y = self._add_norm(self.norm2, tokens[-1], self.drop_path(branch), self.gamma_1)
-        return x + self.drop_path(_scaled(self.mlp(y), self.gamma_2))
+        x, y = self._add_norm(self.norm2, tokens[-1], branch, self.gamma_1, self._keep(len(branch)))
+        branch = _scaled(self.mlp(y), self.gamma_2)
+        keep = self._keep(len(branch))
+        if keep is None:
+            return x + branch
+        return torch.addcmul(x, branch, keep.to(branch.dtype).view(-1, 1, 1))
 
     def _add_norm(
         self,
@@ -131,8 +135,15 @@ class MixerBlock(nn.Module):
         x: Tensor,
         branch: Tensor | None = None,
         gamma: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x + gamma * branch, and that normalized."""
-        return add_layer_norm(
-            x, branch, gamma, norm.weight, norm.bias, norm.eps, backend=self.norm_backend
-        )
+        """x + keep * gamma * branch, and that normalized."""
+        weights = norm.weight, norm.bias, norm.eps
+        return add_layer_norm(x, branch, gamma, *weights, keep=keep, backend=self.norm_backend)
+
+    def _keep(self, windows: int) -> Tensor | None:
+        """What drop path multiplies each window's branch by; None for ones."""
+        drop = self.drop_path
+        if not drop.training or drop.p == 0:
+            return None
+        return drop(self.norm1.weight.new_ones(windows, dtype=torch.float32))

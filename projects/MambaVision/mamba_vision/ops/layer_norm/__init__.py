@@ -1,10 +1,11 @@
 """A residual connection and the LayerNorm (arXiv:1607.06450) that reads it:
 
-    sum = x + gamma * branch
+    sum = x + keep * gamma * branch
     normed = (sum - mean) / sqrt(variance + eps) * weight + bias
 
 per token, over its C channels; mean and variance are float32 at least. The next linear layer reads
-``normed``, the next residual connection ``sum``.
+``normed``, the next residual connection ``sum``; stochastic depth (arXiv:1603.09382) draws
+``keep``.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ def add_layer_norm(
     bias: Tensor,
     eps: float,
     *,
+    keep: Tensor | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Add a branch to ``x``, and normalize the sum; differentiable in every tensor.
+    """Add a branch to ``x``, and normalize the sum; differentiable in every tensor but ``keep``.
 
     Args:
         x: (..., C) floating point; rows of adjacent numbers at a constant distance spare a copy.
@@ -45,6 +47,8 @@ def add_layer_norm(
         gamma: (C,) scale of the branch; None scales nothing.
         weight, bias: (C,).
         eps: added to the variance.
+        keep: (B,) factors on the branch of each of the B entries along the first axis of x; None
+            for ones. The sum's dtype does not depend on it.
         dtype: of ``normed``; None takes that to which autocast casts the input of a linear layer,
             and without autocast that of ``sum``.
         backend: "triton", "torch", or "auto"; None takes the environment variable
@@ -62,11 +66,13 @@ def add_layer_norm(
     check_shape("weight", weight, "C", sizes)
     check_shape("bias", bias, "C", sizes)
     if branch is None:
-        gamma = None
+        gamma = keep = None
     elif branch.shape != x.shape:
         raise ValueError(f"branch has shape {tuple(branch.shape)}, x has {tuple(x.shape)}")
     if gamma is not None:
         check_shape("gamma", gamma, "C", sizes)
+    if keep is not None:
+        check_shape("keep", keep, "B", {"B": len(x)})
     tensors = (x, branch, gamma, weight, bias)
     total = x.dtype
     for tensor in (branch, gamma):
@@ -74,4 +80,4 @@ def add_layer_norm(
     chosen = BACKENDS.choose(backend, *tensors, width=weight.shape[0])
     dtype = dtype or autocast_dtype(x.device, total)
     with without_autocast(x.device):
-        return chosen.run(*tensors, eps=eps, dtype=dtype)
+        return chosen.run(*tensors, keep=keep, eps=eps, dtype=dtype)

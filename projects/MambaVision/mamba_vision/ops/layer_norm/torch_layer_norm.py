@@ -18,12 +18,16 @@ def run(
     weight: Tensor,
     bias: Tensor,
     *,
+    keep: Tensor | None = None,
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mamba_vision.ops.add_layer_norm`."""
     if branch is not None:
-        x = x + (branch if gamma is None else gamma * branch)
+        branch = branch if gamma is None else gamma * branch
+        if keep is not None:
+            branch = branch * keep.to(branch.dtype).view(-1, *[1] * (x.dim() - 1))
+        x = x + branch
     exact = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.to(exact), bias.to(exact)
     normed = F.layer_norm(x.to(exact), weight.shape, weight, bias, eps)

@@ -1,8 +1,8 @@
 """Triton kernels of the residual connection with LayerNorm.
 
-Shape legend: M tokens, C channels, P programs. A program takes ROWS tokens at a time, each held
-whole in a row of COLUMNS >= C numbers, and STEPS times as many in all: what all tokens share it
-reads once.
+Shape legend: M tokens, in windows of L, C channels, P programs. A program takes ROWS tokens at a
+time, each held whole in a row of COLUMNS >= C numbers, and STEPS times as many in all: what all
+tokens share it reads once.
 """
 
 import triton
@@ -15,10 +15,16 @@ def _load(x, there, stride, columns, inside):
 
 
 @triton.jit
+def _load_keep(keep, token, M, L):
+    return tl.load(keep + token // L, mask=token < M, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
 def add_normalize(
-    x, branch, gamma, weight, bias, sums, normed, statistics, M, C, eps, x_row, branch_row,
+    x, branch, gamma, weight, bias, keep, sums, normed, statistics,
+    M, C, L, eps, x_row, branch_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
-    ADD: tl.constexpr, SCALE: tl.constexpr,
+    ADD: tl.constexpr, SCALE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """sums and normed (M, C) from x and branch (M, C); statistics (2, M): means, 1 / deviations."""
     columns = tl.arange(0, COLUMNS)[None, :]
@@ -36,6 +42,8 @@ def add_normalize(
             added = _load(branch, row, branch_row, columns, inside)
             if SCALE:
                 added *= factor
+            if KEEP:
+                added *= _load_keep(keep, token, M, L)
             # The statistics are those of the numbers as they are stored.
             total = (total + added).to(sums.dtype.element_ty)
             tl.store(sums + row * C + columns, total, mask=inside)
@@ -51,12 +59,13 @@ def add_normalize(
 
 @triton.jit
 def add_normalize_back(
-    sums, dsums, dnormed, branch, gamma, weight, statistics, dx, dbranch, parts,
-    M, C, steps, sums_row, dsums_row, dnormed_row, branch_row,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr, SCALE: tl.constexpr,
+    sums, dsums, dnormed, branch, gamma, weight, keep, statistics, dx, dbranch, parts,
+    M, C, L, steps, sums_row, dsums_row, dnormed_row, branch_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ADD: tl.constexpr, SCALE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """dx (M, C) and, if there is a scale, dbranch (M, C); parts (P, 2 or 3, C): dweight, dbias and
-    dgamma, each the sum over a program's tokens."""
+    """dx (M, C) and, if it is not the same, dbranch (M, C); parts (P, 2 or 3, C): dweight, dbias
+    and dgamma, each the sum over a program's tokens."""
     columns = tl.arange(0, COLUMNS)[None, :]
     there = columns < C
     scale = tl.load(weight + columns, mask=there, other=0.0).to(tl.float32)
@@ -82,9 +91,12 @@ def add_normalize_back(
         if ADD:
             gradient += _load(dsums, row, dsums_row, columns, inside)
         tl.store(dx + row * C + columns, gradient.to(dx.dtype.element_ty), mask=inside)
+        if KEEP:
+            gradient *= _load_keep(keep, token, M, L)
         if SCALE:
             dgamma += gradient * _load(branch, row, branch_row, columns, inside)
             gradient *= factor
+        if SCALE or KEEP:
             out = gradient.to(dbranch.dtype.element_ty)
             tl.store(dbranch + row * C + columns, out, mask=inside)
         step += 1

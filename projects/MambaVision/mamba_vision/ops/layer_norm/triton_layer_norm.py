@@ -39,11 +39,12 @@ def run(
     weight: Tensor,
     bias: Tensor,
     *,
+    keep: Tensor | None = None,
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mamba_vision.ops.add_layer_norm`; differentiable once."""
-    sums, normed, _ = _add_layer_norm(x, branch, gamma, weight, bias, eps, dtype)
+    sums, normed, _ = _add_layer_norm(x, branch, gamma, weight, bias, keep, eps, dtype)
     return x if branch is None else sums, normed
 
 
@@ -81,12 +82,13 @@ def _forward_now(
     gamma: Tensor | None,
     weight: Tensor,
     bias: Tensor,
+    keep: Tensor | None,
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum (..., C), nothing without a branch; normed (..., C); what the backward pass needs:
     each token's mean and inverse deviation, (2, M) float32."""
-    sums, normed, statistics = _forward_fake(x, branch, gamma, weight, bias, eps, dtype)
+    sums, normed, statistics = _forward_fake(x, branch, gamma, weight, bias, keep, eps, dtype)
     if not x.numel():
         return sums, normed, statistics
     tokens, channels = statistics.shape[1], x.shape[-1]
@@ -95,14 +97,15 @@ def _forward_now(
     rows = _rows(x), _rows(branch)
     with support.on_device_of(x):
         kernels.add_normalize[(programs,)](
-            *rows, *_contiguous(gamma, weight, bias), sums, normed, statistics,
-            tokens, channels, eps, *_distances(*rows),
-            STEPS=STEPS, ADD=branch is not None, SCALE=gamma is not None, **tile,
+            *rows, *_contiguous(gamma, weight, bias, keep), sums, normed, statistics,
+            tokens, channels, tokens // len(x), eps, *_distances(*rows),
+            STEPS=STEPS, ADD=branch is not None, SCALE=gamma is not None, KEEP=keep is not None,
+            **tile,
         )  # fmt: skip
     return sums, normed, statistics
 
 
-def _forward_fake(x, branch, gamma, weight, bias, eps, dtype):
+def _forward_fake(x, branch, gamma, weight, bias, keep, eps, dtype):
     sums = x.new_empty(0)
     if branch is not None:
         sums = x.new_empty(x.shape, dtype=_sum_dtype(x, branch, gamma))
@@ -117,13 +120,15 @@ def _backward_now(
     statistics: Tensor,
     branch: Tensor | None,
     gamma: Tensor | None,
+    keep: Tensor | None,
     weight: Tensor,
     dtype: torch.dtype,
+    of_branch: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (..., C) in the dtype given; dbranch (..., C), nothing where it is dx; dweight, dbias and,
-    with a scale, dgamma, (2 or 3, C) float32."""
+    """dx (..., C) and dbranch (..., C) in the dtypes given, the latter nothing where it is dx;
+    dweight, dbias and, with a scale, dgamma, (2 or 3, C) float32."""
     dx, dbranch, dweights = _backward_fake(
-        dsums, dnormed, sums, statistics, branch, gamma, weight, dtype
+        dsums, dnormed, sums, statistics, branch, gamma, keep, weight, dtype, of_branch
     )
     if not sums.numel():
         return dx, dbranch, dweights.zero_()
@@ -135,42 +140,46 @@ def _backward_now(
     rows = _rows(sums), _rows(dsums), _rows(dnormed), _rows(branch)
     with support.on_device_of(sums):
         kernels.add_normalize_back[(len(parts),)](
-            *rows, *_contiguous(gamma, weight), statistics, dx, dbranch, parts,
-            tokens, channels, steps, *_distances(*rows),
-            ADD=dsums is not None, SCALE=gamma is not None, **tile,
+            *rows, *_contiguous(gamma, weight, keep), statistics, dx, dbranch, parts,
+            tokens, channels, tokens // len(sums), steps, *_distances(*rows),
+            ADD=dsums is not None, SCALE=gamma is not None, KEEP=keep is not None, **tile,
         )  # fmt: skip
     sum_parts(parts, dweights)
     return dx, dbranch, dweights
 
 
-def _backward_fake(dsums, dnormed, sums, statistics, branch, gamma, weight, dtype):
+def _backward_fake(dsums, dnormed, sums, statistics, branch, gamma, keep, weight, dtype, of_branch):
     dx = sums.new_empty(sums.shape, dtype=dtype)
-    dbranch = sums.new_empty(0) if gamma is None else branch.new_empty(branch.shape)
+    apart = gamma is not None or keep is not None
+    dbranch = sums.new_empty(sums.shape if apart else 0, dtype=of_branch)
     shape = (2 if gamma is None else 3, sums.shape[-1])
     return dx, dbranch, sums.new_empty(shape, dtype=torch.float32)
 
 
 def _keep(ctx, inputs, output) -> None:
-    x, branch, gamma, weight, bias, _, _ = inputs
+    x, branch, gamma, weight, bias, keep, _, _ = inputs
     sums, _, statistics = output
     kept = x if branch is None else sums
-    ctx.save_for_backward(kept, statistics, None if gamma is None else branch, gamma, weight)
+    of_scale = None if gamma is None else branch
+    ctx.save_for_backward(kept, statistics, of_scale, gamma, keep, weight)
     ctx.dtypes = (x.dtype, None if branch is None else branch.dtype, bias.dtype)
     ctx.mark_non_differentiable(statistics, *([sums] if branch is None else []))
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dsums, dnormed, _):
-    sums, statistics, branch, gamma, weight = ctx.saved_tensors
+    sums, statistics, branch, gamma, keep, weight = ctx.saved_tensors
     of_x, of_branch, of_bias = ctx.dtypes
     if dsums is None and dnormed is None:
-        return (None,) * 7
+        return (None,) * 8
     if dnormed is None:
         dnormed = torch.zeros_like(sums)
     if of_branch is None:
         dsums = None
-    dx, dbranch, dweights = _backward(dsums, dnormed, sums, statistics, branch, gamma, weight, of_x)
-    if gamma is None:
+    dx, dbranch, dweights = _backward(
+        dsums, dnormed, sums, statistics, branch, gamma, keep, weight, of_x, of_branch
+    )
+    if gamma is None and keep is None:
         dbranch = None if of_branch is None else dx.to(of_branch)
     return (
         dx,
@@ -178,6 +187,7 @@ def _gradients(ctx, dsums, dnormed, _):
         None if gamma is None else dweights[2].to(gamma.dtype),
         dweights[0].to(weight.dtype),
         dweights[1].to(of_bias),
+        None,
         None,
         None,
     )
