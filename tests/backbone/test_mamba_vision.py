@@ -13,6 +13,7 @@ from torchvision.ops import StochasticDepth
 from mamba_vision.backbone import VARIANTS, MambaVision
 from mamba_vision.errors import UserError
 from mamba_vision.ops.layer_norm import triton_layer_norm
+from mamba_vision.ops.mlp import torch_mlp, triton_mlp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = Path(__file__).parents[1] / "data" / "mamba_vision_names.json"
@@ -241,13 +242,13 @@ def test_backends_reach_every_mixer(nano):
 @pytest.mark.parametrize("padding", ["full", "fit"])
 @pytest.mark.parametrize("depths", [(1, 1, 3, 2), (1, 1, 1, 1)])
 def test_switches_change_nothing(nano, monkeypatch, sizes, padding, depths):
-    """Features and gradients stay, though Triton, here perhaps interpreted, adds and normalizes."""
+    """Features and gradients stay, though Triton, here perhaps interpreted, takes over."""
     options = nano | {"window_size": sizes, "depths": depths, "window_padding": padding}
     # Frozen batch norms, as others leave rounding alone of the gradients of the biases before them.
     options |= {"layer_scale": 0.3, "drop_path_rate": 0.3, "norm": "FrozenBN"}
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     image = torch.randn(2, 3, 96, 160, device=DEVICE)
-    off = MambaVision(**options, fused_norm=False, skip_padding=False).to(DEVICE)
+    off = MambaVision(**options, fused_norm=False, fused_mlp=False, skip_padding=False).to(DEVICE)
     on = MambaVision(**options).to(DEVICE)
     assert list(on.state_dict()) == list(off.state_dict())
     on.load_state_dict(off.state_dict())
@@ -260,12 +261,28 @@ def test_switches_change_nothing(nano, monkeypatch, sizes, padding, depths):
         sum((v * weights[k]).sum() for k, v in features.items()).backward()
         grads = {name: p.grad for name, p in backbone.named_parameters()}
         outcomes.append(features | grads)
-        monkeypatch.setattr(triton_layer_norm, "obstacle", lambda *_, **__: None)  # on: "auto"
+        for module in (triton_layer_norm, triton_mlp):  # on: "auto"
+            monkeypatch.setattr(module, "obstacle", lambda *_, **__: None)
     for name, expected in outcomes[0].items():
         scale = expected.abs().max().item()
         torch.testing.assert_close(
             outcomes[1][name], expected, rtol=1e-3, atol=1e-4 * max(scale, 1e-2), msg=name
         )
+
+
+@pytest.mark.parametrize(("fused", "calls"), [(True, 5), (False, 0)])
+def test_fused_mlps_are_a_choice(nano, monkeypatch, fused, calls):
+    """In all of the five blocks with windows, or in none."""
+    seen = []
+
+    def run(*tensors):
+        seen.append(tensors)
+        return torch_mlp.run(*tensors)
+
+    monkeypatch.setattr(triton_mlp, "obstacle", lambda *_, **__: None)
+    monkeypatch.setattr(triton_mlp, "run", run)
+    MambaVision(**nano, fused_mlp=fused)(torch.zeros(1, 3, 32, 32))
+    assert len(seen) == calls
 
 
 @pytest.mark.cuda

@@ -358,7 +358,7 @@ def test_hooks_on_weights_run_once(device):
 def test_hooks_on_modules_run(device):
     blocks, graphs, x = _blocks(device), _graphs(device), _tokens(device)
     _train(lambda x: graphs(blocks, x), x)
-    module, calls = blocks[0].mlp.fc1, []
+    module, calls = blocks[0].mlp, []
     for register in ("forward_hook", "forward_pre_hook", "full_backward_hook"):
         hook = getattr(module, f"register_{register}")(lambda *_: calls.append(1))
         _train(lambda x: graphs(blocks, x), x, steps=2)

@@ -13,6 +13,7 @@ from mamba_vision.backbone.stages import WindowStage
 from mamba_vision.ops import depthwise_conv1d_silu, mamba_inner, selective_scan, triton_support
 from mamba_vision.ops.conv1d import triton_conv1d
 from mamba_vision.ops.inner import triton_inner
+from mamba_vision.ops.mlp import triton_mlp
 from mamba_vision.ops.selective_scan import triton_scan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,6 +155,7 @@ def window_stage(dim, dtype=torch.float32, **options):
             "scan_backend": None,
             "conv_backend": None,
             "norm_backend": None,
+            "mlp_backend": None,
             "attention_backend": None,
             "cuda_graphs": False,
             **options,
@@ -180,8 +182,8 @@ def test_the_operators_compile_whole(monkeypatch):
 @pytest.mark.slow
 def test_a_window_stage_compiles_whole(monkeypatch):
     """No graph break, and equal numbers; here too the choice falls on Triton."""
-    monkeypatch.setattr(triton_support, "obstacle", lambda *_, **__: None)
-    monkeypatch.setattr(triton_conv1d, "obstacle", lambda *_, **__: None)
+    for module in (triton_support, triton_conv1d, triton_mlp):
+        monkeypatch.setattr(module, "obstacle", lambda *_, **__: None)
     stage = window_stage(16)
     x = torch.randn(1, 16, 3, 4, device=DEVICE)
 

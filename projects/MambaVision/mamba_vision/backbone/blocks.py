@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from ..ops import add_layer_norm
+from ..ops import add_layer_norm, mlp
 
 __all__ = ["ConvBlock", "MixerBlock"]
 
@@ -63,17 +63,25 @@ class ConvBlock(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with an exact GELU between."""
+    """Two linear layers with an exact GELU between.
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    Args:
+        dim: C.
+        hidden: channels between the layers.
+        backend: passed to :func:`~mamba_vision.ops.mlp`.
+    """
+
+    def __init__(self, dim: int, hidden: int, backend: str | None = None) -> None:
         super().__init__()
+        self.backend = backend
         self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
-        return self.fc2(self.act(self.fc1(x)))
+        # The layers are not called, they only hold weights.
+        weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return mlp(x, *weights, backend=self.backend)
 
 
 class MixerBlock(nn.Module):
@@ -87,6 +95,7 @@ class MixerBlock(nn.Module):
         drop_path: the probability of dropping a branch, per window.
         layer_scale: the start of gamma_1 and gamma_2; None leaves them out.
         norm_backend: passed to :func:`~mamba_vision.ops.add_layer_norm`.
+        mlp_backend: passed to :func:`~mamba_vision.ops.mlp`.
     """
 
     def __init__(
@@ -98,6 +107,7 @@ class MixerBlock(nn.Module):
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         norm_backend: str | None = None,
+        mlp_backend: str | None = None,
     ) -> None:
         super().__init__()
         self.norm_backend = norm_backend
@@ -106,7 +116,7 @@ class MixerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.mixer = mixer
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.mlp = MLP(dim, int(dim * mlp_ratio), mlp_backend)
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
