@@ -29,7 +29,7 @@ from ..errors import UserError
 from ..proposals import to_device
 from ..randomness import seed_all
 from ..scalars import begin_flush
-from .transfer import send
+from ..transfer import send
 
 __all__ = ["Trainer"]
 
