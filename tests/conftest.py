@@ -27,6 +27,26 @@ def _seeded():
 
 
 @pytest.fixture
+def pinning(monkeypatch):
+    """Let memory be pinned also where there is no GPU: a mark on a copy stands for it."""
+    if torch.cuda.is_available():
+        return
+
+    def pin_memory(tensor):
+        if tensor.is_pinned():
+            return tensor
+        pinned = tensor.clone()
+        pinned.marked = True
+        return pinned
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: hasattr(tensor, "marked"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+
+
+@pytest.fixture
 def toy(tmp_path):
     """A copy of toy_config.py, its data drawn beside it, where its output goes too."""
     from detectron2.config import LazyConfig

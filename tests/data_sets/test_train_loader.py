@@ -4,18 +4,20 @@ import itertools
 import os
 import random
 import signal
+import threading
 
 import numpy as np
 import pytest
 import torch
 from detectron2.data import build_detection_train_loader
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
-from detectron2.structures import BoxMode
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
 from detectron2.utils import comm
 
 from mamba_vision.data import build_train_loader
 from mamba_vision.data.sampling import Cursor, GroupSampler
 from mamba_vision.errors import UserError
+from mamba_vision.transfer import send
 
 SIZE = 37
 
@@ -30,6 +32,27 @@ def records():
 def draw(record):
     """What augmentation does: draw from all generators."""
     return record | {"drawn": (random.random(), np.random.rand(), torch.rand(()).item())}  # noqa: NPY002
+
+
+def picture(record):
+    """What Detectron2's mapper makes of a record, and other things."""
+    count = record["image_id"] % 4
+    objects = Instances((200, 300), gt_boxes=Boxes(torch.rand(count, 4)))
+    objects.gt_classes = torch.arange(count)
+    objects.gt_masks = BitMasks(torch.rand(count, 200, 300) > 0.5)
+    objects.names = ["a"] * count
+    made = {"image": torch.rand(3, 200, 300), "instances": objects}
+    return draw(record) | made | {"array": np.arange(count), "list": [count], "nothing": None}
+
+
+def tensors(record):
+    objects = record["instances"]
+    return [
+        record["image"],
+        objects.gt_boxes.tensor,
+        objects.gt_classes,
+        objects.gt_masks.tensor,
+    ]
 
 
 def loader(mapper=draw, **options):
@@ -202,20 +225,83 @@ def test_images_that_others_found_count():
         ours.bad_images.check()
 
 
+ALONE, PINNED = {}, {"num_workers": 1, "pin_memory": True}
+
+
 def test_no_image_that_can_be_used():
     ours = loader(unreadable(*range(SIZE)), max_bad_images=SIZE)
     with pytest.raises(UserError, match="no image of the training set can be used, the last: "):
         take(ours, 1)
+
+
+@pytest.mark.parametrize("options", [ALONE, PINNED])
+def test_no_image_among_those_that_may_be_tried(pinning, options):
     with pytest.raises(UserError, match="11 bad training images"):
-        take(loader(unreadable(*range(SIZE))), 1)
+        take(loader(unreadable(*range(SIZE)), **options), 1)
 
 
-def test_an_error_in_the_mapper_is_no_bad_image():
+@pytest.mark.parametrize("options", [ALONE, PINNED])
+def test_an_error_in_the_mapper_is_no_bad_image(pinning, options):
     def broken(record):
         raise KeyError("typo")
 
     with pytest.raises(KeyError, match="typo"):
-        take(loader(broken), 1)
+        take(loader(broken, **options), 1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_in_pinned_memory_are_the_same(pinning, num_workers):
+    plain = loader(picture, num_workers=num_workers)
+    pinned = loader(picture, num_workers=num_workers, pin_memory=True)
+    for expected, batch in itertools.islice(zip(plain, pinned), 20):
+        for before, now in zip(expected, batch, strict=True):
+            for old, new in zip(tensors(before), tensors(now), strict=True):
+                assert torch.equal(old, new)
+                assert old.dtype == new.dtype
+                assert not old.is_pinned()
+                assert new.is_pinned() or not new.numel()
+            assert list(now) == list(before)
+            for name in ("file_name", "image_id", "width", "drawn", "list", "nothing"):
+                assert now[name] == before[name]
+            assert isinstance(now["array"], np.ndarray)
+            assert np.array_equal(now["array"], before["array"])
+            assert type(now["instances"]) is Instances
+            assert now["instances"].names == before["instances"].names
+    assert pinned.state_dict() == plain.state_dict()
+
+
+def test_the_thread_that_pins_ends_with_the_batches(pinning):
+    def pins():
+        return any("_pin_memory_loop" in thread.name for thread in threading.enumerate())
+
+    batches = iter(loader(picture, **PINNED))
+    next(batches)
+    assert pins()
+    batches.close()
+    assert not pins()
+
+
+@pytest.mark.cuda
+def test_a_gpu_takes_the_workers_batches_without_being_waited_for():
+    device, options = torch.device("cuda"), {"num_workers": 2, "pin_memory": True}
+    expected = list(itertools.islice(loader(picture), 2))
+    first, second = itertools.islice(loader(picture, **options), 2)
+
+    def moved(batch):
+        return [image | {"instances": image["instances"].to(device)} for image in batch]
+
+    moved(send(first, device))  # memory is allocated
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(1_000_000_000)  # cycles: half a second
+        ours = moved(send(second, device))
+        assert not torch.cuda.current_stream().query()  # it still sleeps
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for before, now in zip(expected[1], ours, strict=True):
+        for old, new in zip(tensors(before), tensors(now), strict=True):
+            assert new.is_cuda
+            assert torch.equal(old, new.cpu())
 
 
 def test_annotations_without_area_are_left_out_and_named(caplog):
@@ -237,9 +323,14 @@ def test_annotations_without_area_are_left_out_and_named(caplog):
 
 
 @pytest.mark.slow  # PyTorch looks after its workers every five seconds
-def test_a_worker_that_dies_costs_nothing(tmp_path, caplog):
+@pytest.mark.filterwarnings(  # the thread may ask a dead worker for its tensors, and then ends
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)
+@pytest.mark.parametrize("pin_memory", [False, True])
+def test_a_worker_that_dies_costs_nothing(tmp_path, caplog, pinning, pin_memory):
     """Killed once by chance; the second time at the same image, this is taken to be the cause."""
-    whole = take(loader(), 30)
+    whole = take(loader(picture), 30)
+    options = {"num_workers": 1, "pin_memory": pin_memory}
 
     def deadly(times):
         def mapper(record):
@@ -248,21 +339,21 @@ def test_a_worker_that_dies_costs_nothing(tmp_path, caplog):
                 if int(deaths.name[2:]) < times:
                     deaths.touch()
                     os.kill(os.getpid(), signal.SIGKILL)
-            return draw(record)
+            return picture(record)
 
         return mapper
 
-    once = loader(deadly(1), num_workers=1)
+    once = loader(deadly(1), **options)
     assert take(once, 30) == whole
     assert list(once.bad_images.found) == ["11.jpg"]
     assert "was killed by SIGKILL while it was loading it" in caplog.text
 
-    always = take(loader(deadly(9), num_workers=1), 30)
+    always = take(loader(deadly(9), **options), 30)
     assert not any(image == 11 for batch in always for image, _ in batch)
     assert len(list(tmp_path.glob("9-*"))) == 2
 
     with pytest.raises(UserError, match=r"1 bad training images, more than .*SIGKILL while it was"):
-        take(loader(lambda x: os.kill(os.getpid(), 9), num_workers=1, max_bad_images=0), 1)
+        take(loader(lambda x: os.kill(os.getpid(), 9), max_bad_images=0, **options), 1)
 
 
 def test_refuses_what_it_cannot_group_or_share(processes):

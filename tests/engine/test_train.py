@@ -12,8 +12,9 @@ import pytest
 import torch
 from detectron2.utils.env import seed_all_rng
 
-from mamba_vision.engine import do_train, load_config
+from mamba_vision.engine import do_train, load_config, trainer
 from mamba_vision.errors import UserError
+from mamba_vision.transfer import send
 
 TOOL = Path(__file__).parents[2] / "tools" / "lazyconfig_train_net.py"
 
@@ -79,6 +80,26 @@ def test_a_resumed_training_keeps_the_gradient_scale(toy, tmp_path):
     assert resumed["iteration"] == expected["iteration"] == 5
     assert resumed["grad_scaler"] == expected["grad_scaler"]
     assert expected["grad_scaler"]["_growth_tracker"] == 6  # a new scaler would have counted 3
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("told", [None, False, True])
+def test_images_are_pinned_for_a_gpu_unless_told_otherwise(
+    toy, tmp_path, monkeypatch, pinning, device, told
+):
+    pinned = []
+
+    def watched(images, device):
+        pinned.extend(image["image"].is_pinned() for image in images)
+        return send(images, device)
+
+    monkeypatch.setattr(trainer, "send", watched)
+    options = [
+        "train.max_iter=1",
+        f"dataloader.train.pin_memory={'null' if told is None else told}",
+    ]
+    train(toy, tmp_path / "out", *options, device=device)
+    assert pinned == [device == "cuda" if told is None else told] * 2
 
 
 def test_training_goes_on_to_a_higher_max_iter(toy, tmp_path):

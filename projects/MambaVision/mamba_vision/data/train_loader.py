@@ -14,6 +14,7 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -29,6 +30,7 @@ from torch.utils import data as torchdata
 
 from ..errors import UserError
 from ..randomness import seeded
+from ..transfer import pin
 from .bad_images import BadImages
 from .sampling import Cursor, GroupSampler, Sample
 
@@ -51,6 +53,7 @@ def build_train_loader(
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
     max_bad_images: int = 10,
+    pin_memory: bool | None = None,
     **kwargs: Any,
 ) -> TrainLoader:
     """As Detectron2's ``build_detection_train_loader``, but for :class:`TrainLoader`.
@@ -67,7 +70,9 @@ def build_train_loader(
         num_workers: processes that load, for each process that trains; with 0 it loads itself.
         max_bad_images: see :class:`TrainLoader`. The training tool puts ``train.max_bad_images``
             here.
-        **kwargs: for ``torch.utils.data.DataLoader``, as ``prefetch_factor`` and ``pin_memory``.
+        pin_memory: see :class:`TrainLoader`. With ``None`` the training tool pins for a GPU; no one
+            else does.
+        **kwargs: for ``torch.utils.data.DataLoader``, as ``prefetch_factor``.
 
     Raises:
         UserError: the batch cannot be shared evenly by the processes, or the data set cannot be
@@ -88,7 +93,15 @@ def build_train_loader(
         total_batch_size // processes,
         kinds,
     )
-    return TrainLoader(dataset, mapper, groups, bad_images, num_workers=num_workers, **kwargs)
+    return TrainLoader(
+        dataset,
+        mapper,
+        groups,
+        bad_images,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        **kwargs,
+    )
 
 
 class TrainLoader:
@@ -100,6 +113,10 @@ class TrainLoader:
 
     Attributes:
         bad_images: those images, and others that there was something about.
+        pin_memory: give out tensors, boxes, bitmap masks and instances of these in pinned memory,
+            from which a GPU takes them without being waited for. With workers a thread copies them
+            there, and all that is read ahead, ``num_workers`` times ``prefetch_factor`` images with
+            their masks, may lie there. To be set before the first batch.
     """
 
     def __init__(
@@ -110,9 +127,11 @@ class TrainLoader:
         bad_images: BadImages,
         *,
         num_workers: int = 0,
+        pin_memory: bool | None = None,
         **kwargs: Any,
     ) -> None:
         self.bad_images = bad_images
+        self.pin_memory = pin_memory
         self._dataset = dataset
         self._mapper = mapper
         self._groups = groups
@@ -190,6 +209,7 @@ class TrainLoader:
                 sampler=samples(),
                 batch_size=None,
                 num_workers=self._num_workers,
+                pin_memory=bool(self.pin_memory),
                 collate_fn=_as_it_is,
                 worker_init_fn=_take_signals,
                 generator=torch.Generator(),  # or it would draw from the training's
@@ -205,12 +225,12 @@ class TrainLoader:
         self, samples: Iterator[Any], ahead: deque[tuple[int, Cursor]]
     ) -> Iterator[list[Record]]:
         batch: list[Record] = []
-        for record, problems in samples:
-            for file_name, reason in problems:
+        for loaded in samples:
+            for file_name, reason in loaded.problems:
                 self.bad_images.add(file_name, reason)
-            if record is None:
+            if loaded.record is None:
                 self.bad_images.check()
-            batch.append(record)
+            batch.append(loaded.record)
             size, cursor = ahead[0]
             if len(batch) == size:
                 ahead.popleft()
@@ -235,8 +255,23 @@ class TrainLoader:
             self.bad_images.add(name, f"{name}: a data loader worker {how} while it was loading it")
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """A mapped record, and of which images something was wrong on the way, and what.
+
+    There is no record where that was too much.
+    """
+
+    record: Record | None
+    problems: list[tuple[str, str]]
+
+    def pin_memory(self) -> _Loaded:
+        """What PyTorch's loader calls, which would not find the tensors of instances itself."""
+        return _Loaded(pin(self.record), self.problems)
+
+
 class _Samples(torchdata.Dataset):
-    """From a sample to its mapped record, and what was wrong on the way."""
+    """From a sample to what is loaded for it."""
 
     def __init__(
         self,
@@ -254,7 +289,7 @@ class _Samples(torchdata.Dataset):
         self._limit = limit
         self._at = at
 
-    def __getitem__(self, sample: Sample) -> tuple[Record | None, list[tuple[str, str]]]:
+    def __getitem__(self, sample: Sample) -> _Loaded:
         problems: list[tuple[str, str]] = []
         for index in self._like(sample.index):
             if index in self._bad:
@@ -269,11 +304,11 @@ class _Samples(torchdata.Dataset):
                 reason = str(error) if name in str(error) else f"{name}: {error}"
                 problems.append((name, " ".join(reason.split())))
                 if len(problems) > self._limit:
-                    return None, problems  # which stop the run
+                    return _Loaded(None, problems)  # which stop the run
                 continue
             if mapped is not None:  # a mapper may leave an image out
                 self._note(0)
-                return mapped, problems
+                return _Loaded(mapped, problems)
         last = f", the last: {problems[-1][1]}" if problems else ""
         raise UserError(f"no image of the training set can be used{last}")
 

@@ -68,6 +68,8 @@ def _train(args: argparse.Namespace, config: DictConfig, stop: StopSignals) -> N
     loader = instantiate(config.dataloader.train)
     if isinstance(loader, TrainLoader):
         loader.bad_images.limit = train.get("max_bad_images", loader.bad_images.limit)
+        if loader.pin_memory is None:
+            loader.pin_memory = train.device != "cpu"
 
     device_ids = None if train.device == "cpu" else [torch.cuda.current_device()]
     model = create_ddp_model(model, **{"device_ids": device_ids} | dict(train.get("ddp", {})))

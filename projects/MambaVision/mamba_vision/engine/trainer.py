@@ -30,7 +30,7 @@ from ..proposals import to_device
 from ..randomness import seed_all
 from ..recorder import copy_each
 from ..scalars import begin_flush
-from .transfer import send
+from ..transfer import send
 
 __all__ = ["Trainer"]
 

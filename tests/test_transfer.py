@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
-from mamba_vision.engine.transfer import send
+from mamba_vision.transfer import pin, send
 
 SIZE = (24, 32)
 
@@ -37,10 +37,41 @@ def test_a_cpu_is_given_what_there_is():
     assert send(given, torch.device("cpu")) is given
 
 
-@pytest.mark.cuda
+def tensors(image):
+    objects = image["instances"]
+    masks = [objects.gt_masks.tensor] if isinstance(objects.gt_masks, BitMasks) else []
+    return [image["image"], objects.gt_boxes.tensor, objects.gt_classes, *masks]
+
+
 @pytest.mark.parametrize("masks", [bits, polygons])
-def test_a_gpu_is_given_the_same_and_not_waited_for(masks):
+def test_pins_what_goes_to_a_gpu_and_leaves_the_rest(pinning, masks):
+    for image in images(masks):
+        image["instances"]._note = "private"
+        pinned = pin(image)
+        assert list(pinned) == list(image)
+        assert pinned["file_name"] is image["file_name"]
+        before, after = image["instances"], pinned["instances"]
+        assert type(after) is Instances
+        assert (after.image_size, after._note) == (SIZE, "private")
+        assert list(after.get_fields()) == list(before.get_fields())
+        assert after.names is before.names
+        assert masks is bits or after.gt_masks is before.gt_masks
+        for old, new in zip(tensors(image), tensors(pinned), strict=True):
+            assert torch.equal(old, new)
+            assert old.dtype == new.dtype
+            assert not old.is_pinned()
+            assert new.is_pinned() or not new.numel()
+        for once, twice in zip(tensors(pinned), tensors(pin(pinned)), strict=True):
+            assert twice is once or not once.numel()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("masks", [bits, polygons])
+def test_a_gpu_is_given_the_same_and_not_waited_for(masks, pinned):
     device, given = torch.device("cuda"), images(masks)
+    if pinned:
+        given = [pin(image) for image in given]
     before = copy.deepcopy(given)
     send(given, device)[0]["instances"].to(device)
     torch.cuda._sleep(1_000_000_000)  # cycles: half a second
@@ -52,6 +83,7 @@ def test_a_gpu_is_given_the_same_and_not_waited_for(masks):
         assert ours["file_name"] == "x.jpg"
         assert torch.equal(ours["image"].cpu(), image["image"])
         assert ours["image"].is_cuda
+        assert pin(ours["image"]) is ours["image"]
         expected = image["instances"]
         assert type(objects) is Instances
         assert objects.image_size == SIZE
