@@ -133,11 +133,7 @@ class MixerBlock(nn.Module):
         tokens = [x] if wanted is None else [x, wanted]
         branch = self.mixer(*(self._add_norm(self.norm1, t)[1] for t in tokens))
         x, y = self._add_norm(self.norm2, tokens[-1], branch, self.gamma_1, self._keep(len(branch)))
-        branch = _scaled(self.mlp(y), self.gamma_2)
-        keep = self._keep(len(branch))
-        if keep is None:
-            return x + branch
-        return torch.addcmul(x, branch, keep.to(branch.dtype).view(-1, 1, 1))
+        return x + self.drop_path(_scaled(self.mlp(y), self.gamma_2))
 
     def _add_norm(
         self,

@@ -23,7 +23,7 @@ from . import triton_kernels as kernels
 
 __all__ = ["obstacle", "run"]
 
-ROWS, COLUMNS = 8, 128  # tokens and channels that a program holds at a time
+ROWS, COLUMNS = 4, 128  # tokens and channels that a program holds at a time
 PROGRAMS = 2048  # about; several fit on a multiprocessor
 
 obstacle = support.obstacle
