@@ -460,6 +460,66 @@ def test_under_distributed_data_parallel(device, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_parts_in_a_row(device):
+    """Each goes backward while the forward passes of those before it are still needed."""
+    parts = [_blocks(device) for _ in range(3)]
+    graphs = [_graphs(device) for _ in parts]
+
+    def gradients(calls, x):
+        for call in calls:
+            x = call(x)
+        weights = [p for part in parts for p in part.parameters()]
+        return torch.autograd.grad(x.square().sum(), weights)
+
+    for _ in range(5):
+        x = _tokens(device)
+        recorded = [lambda x, p=p, g=g: g(p, x) for p, g in zip(parts, graphs)]
+        _assert_close(gradients(recorded, x), gradients(parts, x))
+    assert [g.recordings for g in graphs] == [1, 1, 1]
+
+
+@pytest.mark.cuda
+def test_backward_passes_share_memory():
+    """That of one more part is its activations alone."""
+
+    def reserved(count):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        parts = [_blocks("cuda") for _ in range(count)]
+        graphs = [_graphs("cuda") for _ in parts]
+        for _ in range(4):
+            y = _tokens("cuda", windows=8, length=4096)
+            for part, graph in zip(parts, graphs):
+                y = graph(part, y)
+            y.square().sum().backward()
+        assert [g.recordings for g in graphs] == [1] * count
+        del y
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved() - before
+
+    def activations():
+        part, x = _blocks("cuda"), _tokens("cuda", windows=8, length=4096)
+        before = torch.cuda.memory_allocated()
+        y = part(x)
+        assert y.requires_grad
+        return torch.cuda.memory_allocated() - before
+
+    reserved(1)  # compiles
+    one, three = reserved(1), reserved(3)
+    assert (three - one) / 2 < 1.1 * activations() < one, (one, three, activations())
+
+
+@pytest.mark.cuda
+def test_memory_of_recordings_is_used_again():
+    def record():
+        blocks, graphs, x = _blocks("cuda"), _graphs("cuda"), _tokens("cuda")
+        _train(lambda x: graphs(blocks, x), x)
+        assert graphs.recordings == 1
+
+    for _ in range(3):  # PyTorch refuses memory that it has forgotten
+        record()
+
+
 @pytest.mark.cuda
 def test_memory_does_not_grow():
     blocks, graphs = _blocks("cuda"), _graphs("cuda")

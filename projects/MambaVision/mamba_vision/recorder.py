@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -21,8 +22,21 @@ Run = Callable[[], object]
 Record = Callable[..., tuple[Run, ...]]  # from functions to as many that do the same, only faster
 
 
+class _Pool:
+    """Memory of graphs, none of which runs while another's results are still needed."""
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+
+
+# PyTorch forgets a pool with the last of its graphs, and then refuses to hear of it again.
+_pools: WeakValueDictionary[torch.device, _Pool] = WeakValueDictionary()
+
+
 class CudaRecorder:
     """Records CUDA graphs that share their memory: none may run while another's is still needed.
+
+    Of functions recorded together those behind the first share that of all recorders.
 
     Args:
         device: the graphs'.
@@ -31,13 +45,17 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = _stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._own = _Pool()
+        self._common: _Pool | None = None
 
     def __call__(self, *runs: Run) -> tuple[Run, ...]:
         """Record functions that are always called in the order given.
 
         Each is called twice: first as it is, for what is chosen, compiled or allocated only once.
         The numbers that this draws are drawn again afterwards.
+
+        What the first computes lies there until it is called again; what the others do, until
+        any recorder's others are.
 
         Returns:
             For each function one that launches its graph.
@@ -46,6 +64,7 @@ class CudaRecorder:
             RuntimeError: a function cannot be recorded.
         """
         graphs = [torch.cuda.CUDAGraph() for _ in runs]
+        pools = [self._own, *(self._find_common() for _ in runs[1:])]
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
@@ -54,23 +73,31 @@ class CudaRecorder:
                     for run in runs:
                         run()
                 try:
-                    for run, graph in zip(runs, graphs):
-                        self._record(run, graph)
+                    for run, graph, pool in zip(runs, graphs, pools):
+                        self._record(run, graph, pool)
                 except RuntimeError:
                     # PyTorch's random generator waits for the end of the recording that failed, and
                     # refuses to draw until another one ended well.
-                    self._pool = torch.cuda.graph_pool_handle()
+                    self._own, self._common = _Pool(), None
+                    _pools.pop(self._device, None)
                     self._record(
-                        lambda: torch.zeros(1, device=self._device), torch.cuda.CUDAGraph()
+                        lambda: torch.zeros(1, device=self._device),
+                        torch.cuda.CUDAGraph(),
+                        self._own,
                     )
                     raise
             current.wait_stream(self._stream)
         return tuple(graph.replay for graph in graphs)
 
-    def _record(self, run: Run, graph: torch.cuda.CUDAGraph) -> None:
+    def _find_common(self) -> _Pool:
+        # Not before it is needed: a pool must not outlive its graphs.
+        self._common = self._common or _pools.setdefault(self._device, _Pool())
+        return self._common
+
+    def _record(self, run: Run, graph: torch.cuda.CUDAGraph, pool: _Pool) -> None:
         with torch.cuda.graph(
             graph,
-            pool=self._pool,
+            pool=pool.handle,
             stream=self._stream,
             capture_error_mode="thread_local",  # other threads may pin memory
         ):
