@@ -29,7 +29,7 @@ __all__ = [
     "synchronize",
 ]
 
-SECONDS_PER_TIMING = 0.1  # short runs are repeated to fill it
+SECONDS_PER_TIMING = 0.5  # short runs are repeated, one upon the other, to fill it
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
