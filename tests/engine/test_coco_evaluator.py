@@ -1,5 +1,7 @@
 """The evaluator's predictions and results are Detectron2's."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,45 @@ def test_predictions_are_detectron2s(toy, masks):
     assert [len(p["instances"]) for p in ours._predictions] == [5, 0, 1]
     ours.reset()
     assert ours.evaluate() == {}
+
+
+@pytest.mark.cuda
+def test_masks_that_the_gpu_has_yet_to_draw(toy):
+    name = load_config(toy).dataloader.test.dataset.names
+    ours, theirs = COCOEvaluator(name), Theirs(name)
+    ours.reset(), theirs.reset()
+    for i in range(12):
+        found = detections(5)
+        late = found.to("cuda")
+        masks, late.pred_masks = late.pred_masks, torch.zeros_like(late.pred_masks)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(50_000_000)
+        late.pred_masks.copy_(masks)
+        ours.process([{"image_id": i % 3}], [{"instances": late}])
+        theirs.process([{"image_id": i % 3}], [{"instances": found}])
+    for evaluator in (ours, theirs):
+        evaluator.evaluate()
+    assert ours._predictions == theirs._predictions
+
+
+def test_few_images_lie_on_the_device(toy, monkeypatch):
+    """Or a thread that cannot keep up would fill its memory."""
+    evaluator = COCOEvaluator(load_config(toy).dataloader.test.dataset.names)
+    evaluator.reset()
+    finish, waiting = evaluator._finish, []
+
+    def counted(*args):
+        waiting.append(sum(not work.done() for work in evaluator._pending))
+        time.sleep(0.01)
+        return finish(*args)
+
+    monkeypatch.setattr(evaluator, "_finish", counted)
+    monkeypatch.setattr(coco_evaluator, "AHEAD", 3)
+    for i in range(20):
+        evaluator.process([{"image_id": i % 3}], [{"instances": detections(2)}])
+    evaluator.evaluate()
+    assert len(evaluator._predictions) == 20
+    assert 1 < max(waiting) <= 3
 
 
 def test_what_goes_wrong_in_the_thread_is_raised(toy):

@@ -6,10 +6,10 @@ from typing import ClassVar
 import pytest
 import torch
 from detectron2.config import LazyCall, instantiate
-from detectron2.evaluation import DatasetEvaluator, coco_evaluation
+from detectron2.evaluation import DatasetEvaluator, coco_evaluation, inference_on_dataset
 from pycocotools.cocoeval import COCOeval
 
-from mamba_vision.engine import do_test, load_config
+from mamba_vision.engine import do_test, evaluation, load_config
 
 
 @pytest.fixture
@@ -45,6 +45,61 @@ def test_without_an_evaluator_nothing_is_done(parts):
     config.dataloader.evaluator = None
     assert do_test(config, model) == {}
     assert not path.exists()
+
+
+class Recorder(DatasetEvaluator):
+    """What it was told, in turn."""
+
+    def __init__(self, model):
+        self.model = model
+        self.told = []
+
+    def reset(self):
+        self.told.append("reset")
+
+    def process(self, inputs, outputs):
+        state = self.model.training, torch.is_grad_enabled()
+        self.told.append((*state, inputs, [float(output["sum"]) for output in outputs]))
+
+    def evaluate(self):
+        self.told.append("evaluate")
+
+
+class Sums(torch.nn.Module):
+    def forward(self, inputs):
+        return [{"sum": x.sum()} for x in inputs]
+
+
+def test_the_loop_is_detectron2s(monkeypatch, caplog):
+    monkeypatch.setattr(evaluation, "LOG_PERIOD", 0)
+    batches = [[torch.ones(2), torch.ones(3)], [torch.ones(4)]]
+    model = Sums()
+    ours, theirs = Recorder(model), Recorder(model)
+    with caplog.at_level("INFO"):
+        assert evaluation.run_evaluator(model, batches, ours) == {}
+    assert inference_on_dataset(model, batches, theirs) == {}
+    assert ours.told == theirs.told
+    assert [told[:2] for told in ours.told[1:-1]] == [(False, False)] * 2
+    assert model.training
+    assert "2 of 2 batches done" in caplog.text
+
+
+@pytest.mark.cuda
+def test_batches_for_a_gpu_are_pinned():
+    class Pinned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1, device="cuda"))
+
+        def forward(self, inputs):
+            return [{"sum": x.is_pinned()} for x in inputs]
+
+    model = Pinned()
+    loader = torch.utils.data.DataLoader(torch.ones(3, 2), batch_size=2, num_workers=1)
+    evaluator = Recorder(model)
+    evaluation.run_evaluator(model, loader, evaluator)
+    assert [told[3] for told in evaluator.told[1:-1]] == [[0.0, 0.0], [0.0]]
+    assert all(told[2].is_pinned() for told in evaluator.told[1:-1])
 
 
 class Keeper(DatasetEvaluator):

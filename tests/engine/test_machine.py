@@ -27,7 +27,15 @@ def config(device="cuda", batch=16, amp=True):
 
 
 @pytest.fixture
-def gpus(monkeypatch):
+def threads(monkeypatch):
+    """The numbers of threads that PyTorch was told to use."""
+    told = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    return told
+
+
+@pytest.fixture
+def gpus(monkeypatch, threads):
     def pretend(count):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
@@ -45,6 +53,13 @@ def test_falls_back_to_the_cpu_with_a_word(gpus):
         "No GPU found: using the CPU",
         "On the CPU train.amp is off: everything is computed in float32",
     ]
+
+
+@pytest.mark.parametrize(("count", "told"), [(0, []), (1, [1])])
+def test_beside_a_gpu_the_cpus_operators_take_one_thread(gpus, threads, count, told):
+    gpus(count)
+    fit_to_machine(arguments(), config())
+    assert threads == told
 
 
 def test_says_nothing_when_all_is_well(gpus):

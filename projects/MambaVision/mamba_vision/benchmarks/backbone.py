@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     of_backbone = [s for s in switches if s.of_backbone]
     plain = make_rows(config, of_backbone, args.window_padding, ["plain"])
     torch.manual_seed(0)
-    model = instantiate(plain[0].float32.model.backbone.bottom_up).to(args.device).eval()
+    model = instantiate(plain[0].float32.model.backbone.bottom_up).eval()
+    model = model.to(args.device, memory_format=torch.channels_last)  # as a detector's
     x = torch.randn(args.images, model.in_chans, *args.size, device=args.device)
     calibrate(model, lambda: model(x))
     state = model.state_dict()

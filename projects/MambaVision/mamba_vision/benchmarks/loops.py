@@ -17,6 +17,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from ..data import check_dataset
+from ..engine import COCOEvaluator
+from ..engine.evaluation import run_evaluator
 from .inputs import draw_images
 from .options import positive
 from .profiling import busy_seconds
@@ -221,8 +223,11 @@ class _Loop(DatasetEvaluator):
         return self.seconds - sum(self.waits) - sum(self.processing)
 
     def run(self, model: nn.Module, dtype: torch.dtype, device: str) -> None:
+        ours = isinstance(self._evaluator, COCOEvaluator)
+        loop: Callable[..., Any] = run_evaluator if ours else inference_on_dataset
+        self._loader.pin_memory = ours and device == "cuda"  # as run_evaluator has it
         with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
-            inference_on_dataset(model, self, self)
+            loop(model, self, self)
 
     def __len__(self) -> int:
         return self._images

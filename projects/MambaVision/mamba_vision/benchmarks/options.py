@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from ..backbone.windows import PADDINGS
 from ..engine.config import load_config
+from ..engine.machine import limit_threads
 from .rows import Switch, check_names, usable_switches
 from .timing import DTYPES, check_device, machine
 
@@ -57,6 +58,7 @@ def start(args: argparse.Namespace) -> tuple[DictConfig, list[Switch], torch.dty
     """
     check_device(args.device, args.rounds)
     check_names(args.only)
+    limit_threads(args.device)
     config = load_config(args.config_file, args.opts)
     config.train.device = args.device
     dtype = DTYPES[args.dtype]

@@ -295,7 +295,7 @@ def make_rows(
 
 
 def build(config: DictConfig, state: dict[str, torch.Tensor], device: str) -> nn.Module:
-    """A model of a config's in eval mode, which shares the weights ``state``, but convolutions'."""
+    """A model of a config's in eval mode, which shares the weights ``state``."""
     model = instantiate(config).to(device).eval()
     model.load_state_dict(state, assign=True)
-    return model.to(memory_format=torch.channels_last)  # as training and prepare have it
+    return model

@@ -48,7 +48,8 @@ class Weights:
 def draw_weights(plain: Row, size: tuple[int, int], device: str) -> Weights:
     """Random weights of a detector that finds as much as a trained one."""
     torch.manual_seed(0)
-    model = instantiate(plain.model(torch.float32)).to(device).eval()
+    model = instantiate(plain.model(torch.float32)).eval()
+    model = model.to(device, memory_format=torch.channels_last)  # as in training and by prepare
     images = draw_images(1, size)
     with exact():
         calibrate(model, lambda: model(images))

@@ -6,10 +6,12 @@ Shape legend: R detections of an image of H x W pixels.
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.evaluation import COCOEvaluator as _COCOEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
@@ -19,19 +21,21 @@ from torch import Tensor
 __all__ = ["COCOEvaluator", "run_lengths"]
 
 PIXELS = 1 << 28  # whose masks are looked at in one go
+AHEAD = 8  # images whose masks may lie on the device
 
 
 class COCOEvaluator(_COCOEvaluator):
     """Detectron2's, with the same arguments and results, in less time.
 
-    Where the runs of a mask begin is found on the device, so that the masks need not leave it; the
-    rest is done by a thread, while the model looks at the next images.
+    Where the runs of a mask begin is found on the device, so that the masks need not leave it. All
+    is done by a thread, on a stream of its own, while the model looks at the next images.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: list[Future[dict]] = []
+        self._stream: torch.cuda.Stream | None = None
 
     def reset(self) -> None:
         super().reset()
@@ -43,12 +47,35 @@ class COCOEvaluator(_COCOEvaluator):
             if "instances" not in output:
                 super().process([record], [output])
                 continue
-            fields = output["instances"].get_fields()
-            masks = fields.get("pred_masks")
+            if len(self._pending) >= AHEAD:
+                self._pending[-AHEAD].result()
+            found = output["instances"]
+            done = None
+            if (device := found.pred_boxes.device).type == "cuda":
+                done = torch.cuda.current_stream(device).record_event()
+            work = self._thread.submit(self._finish, record["image_id"], found, done)
+            self._pending.append(work)
+
+    def _finish(
+        self, image_id: int, found: Instances, done: torch.cuda.Event | None
+    ) -> dict[str, Any]:
+        """One image's entry in Detectron2's list of predictions, which are whole once ``done``."""
+        with ExitStack() as stack:
+            if done is not None:
+                self._stream = self._stream or torch.cuda.Stream(found.pred_boxes.device)
+                self._stream.wait_event(done)
+                stack.enter_context(torch.cuda.stream(self._stream))
+            fields = dict(found.get_fields())
+            masks = fields.pop("pred_masks", None)
             runs = None if masks is None else run_lengths(masks)
-            rest = {name: value for name, value in fields.items() if name != "pred_masks"}
-            found = Instances(output["instances"].image_size, **rest).to("cpu")
-            self._pending.append(self._thread.submit(_finish, record["image_id"], found, runs))
+            found = Instances(found.image_size, **fields).to("cpu")
+        results = instances_to_coco_json(found, image_id)
+        if runs:
+            size = list(found.image_size)
+            codes = rle.frPyObjects([{"counts": counts, "size": size} for counts in runs], *size)
+            for result, code in zip(results, codes, strict=True):
+                result["segmentation"] = {"size": size, "counts": code["counts"].decode()}
+        return {"image_id": image_id, "instances": results}
 
     def evaluate(self, img_ids: list | None = None) -> dict[str, Any]:
         """See :meth:`detectron2.evaluation.COCOEvaluator.evaluate`."""
@@ -77,14 +104,3 @@ def run_lengths(masks: Tensor) -> list[np.ndarray]:
         for first, last in pairwise(bounds):
             lengths.append(np.diff(places[first:last], prepend=0, append=pixels))
     return lengths
-
-
-def _finish(image_id: int, found: Instances, runs: list[np.ndarray] | None) -> dict[str, Any]:
-    """One image's entry in Detectron2's list of predictions."""
-    results = instances_to_coco_json(found, image_id)
-    if runs:
-        size = list(found.image_size)
-        codes = rle.frPyObjects([{"counts": counts, "size": size} for counts in runs], *size)
-        for result, code in zip(results, codes, strict=True):
-            result["segmentation"] = {"size": size, "counts": code["counts"].decode()}
-    return {"image_id": image_id, "instances": results}

@@ -15,7 +15,7 @@ from torch import nn
 from ..precision import precision
 from .compilation import compile_backbone
 
-__all__ = ["autocast_dtype", "build_model", "fit_to_machine", "scale_lr"]
+__all__ = ["autocast_dtype", "build_model", "fit_to_machine", "limit_threads", "scale_lr"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,18 @@ def fit_to_machine(args: argparse.Namespace, config: DictConfig) -> list[str]:
     if train.device == "cpu" and train.get("amp", {}).get("enabled", False):
         train.amp.enabled = False
         words.append("On the CPU train.amp is off: everything is computed in float32")
+    limit_threads(train.device)
     return words
+
+
+def limit_threads(device: str | torch.device) -> None:
+    """For a GPU let PyTorch's operators on the CPU run in the thread that calls them.
+
+    They are small there, but for some, as the maximum of two numbers by which Detectron2 pads
+    images, PyTorch wakes other threads. Beside data loaders that costs milliseconds each time.
+    """
+    if torch.device(device).type != "cpu":
+        torch.set_num_threads(1)
 
 
 def autocast_dtype(config: DictConfig) -> torch.dtype | None:

@@ -14,6 +14,7 @@ from ..backbone import MambaVision
 from ..precision import autocast, precision, weights_to_cast
 from ..proposal_generator import RPN, AnchorGenerator
 from ..roi_heads import ClassSpecificCascadeROIHeads, ClassSpecificOutputLayers, ROIPooler
+from ..transfer import send
 from .detector import GraphedDetector
 from .fuse import fuse as fold_norms
 from .graphs import Graphs
@@ -83,6 +84,7 @@ class Prepared(nn.Module):
         super().__init__()
         self.model = model
         self._context = context
+        self._device = next(model.parameters(), torch.empty(0)).device
         self.graphs: Graphs | None = None
         self._detector: GraphedDetector | None = None
         super().train(False)
@@ -109,6 +111,7 @@ class Prepared(nn.Module):
         """See :meth:`detectron2.modeling.GeneralizedRCNN.forward`, in eval mode."""
         # Tensors of the inference mode could not be written to when a later call is made outside.
         with torch.inference_mode(False), torch.no_grad(), self._context:
+            inputs = send(inputs, self._device)
             return self.model(inputs) if self._detector is None else self._detector(inputs)
 
 

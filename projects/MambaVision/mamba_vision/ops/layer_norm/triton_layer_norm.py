@@ -20,9 +20,9 @@ __all__ = ["MAX_WIDTH", "obstacle", "run"]
 
 MAX_WIDTH = 4096  # channels, all of which a program holds in registers
 TILE = 2048  # numbers that it holds at a time; several rows where they are short
-NUMBERS_PER_WARP = 512
+NUMBERS_PER_WARP = 1024
 STEPS = 4  # tiles of a program
-PROGRAMS_BACK = 512  # each leaves parts of the sums over tokens
+PROGRAMS_BACK = 1024  # each leaves parts of the sums over tokens
 
 
 def obstacle(device: torch.device, dtypes: tuple[torch.dtype, ...], *, width: int) -> str | None:
@@ -51,7 +51,8 @@ def run(
 def _tile(width: int) -> dict[str, int]:
     columns = triton.next_power_of_2(width)
     rows = max(1, TILE // columns)
-    return {"ROWS": rows, "COLUMNS": columns, "num_warps": rows * columns // NUMBERS_PER_WARP}
+    warps = max(1, rows * columns // NUMBERS_PER_WARP)
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
