@@ -13,7 +13,7 @@ from torchvision.ops import StochasticDepth
 from mamba_vision.backbone import VARIANTS, MambaVision
 from mamba_vision.errors import UserError
 from mamba_vision.ops.layer_norm import triton_layer_norm
-from mamba_vision.ops.mlp import torch_mlp, triton_mlp
+from mamba_vision.ops.linear import torch_linear, triton_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = Path(__file__).parents[1] / "data" / "mamba_vision_names.json"
@@ -248,7 +248,9 @@ def test_switches_change_nothing(nano, monkeypatch, sizes, padding, depths):
     options |= {"layer_scale": 0.3, "drop_path_rate": 0.3, "norm": "FrozenBN"}
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     image = torch.randn(2, 3, 96, 160, device=DEVICE)
-    off = MambaVision(**options, fused_norm=False, fused_mlp=False, skip_padding=False).to(DEVICE)
+    off = MambaVision(**options, fused_norm=False, fused_linear=False, skip_padding=False).to(
+        DEVICE
+    )
     on = MambaVision(**options).to(DEVICE)
     assert list(on.state_dict()) == list(off.state_dict())
     on.load_state_dict(off.state_dict())
@@ -261,7 +263,7 @@ def test_switches_change_nothing(nano, monkeypatch, sizes, padding, depths):
         sum((v * weights[k]).sum() for k, v in features.items()).backward()
         grads = {name: p.grad for name, p in backbone.named_parameters()}
         outcomes.append(features | grads)
-        for module in (triton_layer_norm, triton_mlp):  # on: "auto"
+        for module in (triton_layer_norm, triton_linear):  # on: "auto"
             monkeypatch.setattr(module, "obstacle", lambda *_, **__: None)
     for name, expected in outcomes[0].items():
         scale = expected.abs().max().item()
@@ -271,17 +273,17 @@ def test_switches_change_nothing(nano, monkeypatch, sizes, padding, depths):
 
 
 @pytest.mark.parametrize(("fused", "calls"), [(True, 5), (False, 0)])
-def test_fused_mlps_are_a_choice(nano, monkeypatch, fused, calls):
+def test_fused_linear_layers_are_a_choice(nano, monkeypatch, fused, calls):
     """In all of the five blocks with windows, or in none."""
     seen = []
 
     def run(*tensors):
         seen.append(tensors)
-        return torch_mlp.run(*tensors)
+        return torch_linear.run(*tensors)
 
-    monkeypatch.setattr(triton_mlp, "obstacle", lambda *_, **__: None)
-    monkeypatch.setattr(triton_mlp, "run", run)
-    MambaVision(**nano, fused_mlp=fused)(torch.zeros(1, 3, 32, 32))
+    monkeypatch.setattr(triton_linear, "obstacle", lambda *_, **__: None)
+    monkeypatch.setattr(triton_linear, "run", run)
+    MambaVision(**nano, fused_linear=fused)(torch.zeros(1, 3, 32, 32))
     assert len(seen) == calls
 
 
