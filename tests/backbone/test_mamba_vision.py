@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -272,9 +273,11 @@ def test_switches_change_nothing(nano, monkeypatch, sizes, padding, depths):
         )
 
 
-@pytest.mark.parametrize(("fused", "calls"), [(True, 5), (False, 0)])
-def test_fused_linear_layers_are_a_choice(nano, monkeypatch, fused, calls):
-    """In all of the five blocks with windows, or in none."""
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("skip_padding", "layers"), [(False, 4), (True, 6)])
+def test_fused_linear_layers_are_a_choice(nano, monkeypatch, fused, skip_padding, layers):
+    """In all of the five blocks with windows, or in none. Two attend, the last of their stages;
+    where they skip padding, they compute the queries apart."""
     seen = []
 
     def run(*tensors):
@@ -283,8 +286,10 @@ def test_fused_linear_layers_are_a_choice(nano, monkeypatch, fused, calls):
 
     monkeypatch.setattr(triton_linear, "obstacle", lambda *_, **__: None)
     monkeypatch.setattr(triton_linear, "run", run)
-    MambaVision(**nano, fused_linear=fused)(torch.zeros(1, 3, 32, 32))
-    assert len(seen) == calls
+    options = {"fused_linear": fused, "skip_padding": skip_padding}
+    MambaVision(**nano, **options)(torch.zeros(1, 3, 32, 32))
+    # x, and a weight and a bias of each layer
+    assert Counter(map(len, seen)) == ({3: layers, 5: 5} if fused else {})
 
 
 @pytest.mark.cuda

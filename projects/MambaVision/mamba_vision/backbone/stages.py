@@ -192,7 +192,7 @@ class WindowStage(Stage):
 
         def mixer(index: int) -> nn.Module:
             if index >= first_attention:
-                return Attention(dim, num_heads, attention_backend)
+                return Attention(dim, num_heads, attention_backend, linear_backend)
             return MambaVisionMixer(dim, scan_backend=scan_backend, conv_backend=conv_backend)
 
         def block(index: int) -> MixerBlock:
