@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torchvision.ops import StochasticDepth
 from mamba_vision.backbone import VARIANTS, MambaVision
 from mamba_vision.errors import UserError
 from mamba_vision.ops.layer_norm import triton_layer_norm
-from mamba_vision.ops.mlp import torch_mlp, triton_mlp
+from mamba_vision.ops.linear import torch_linear, triton_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = Path(__file__).parents[1] / "data" / "mamba_vision_names.json"
@@ -248,7 +249,9 @@ def test_switches_change_nothing(nano, monkeypatch, sizes, padding, depths):
     options |= {"layer_scale": 0.3, "drop_path_rate": 0.3, "norm": "FrozenBN"}
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     image = torch.randn(2, 3, 96, 160, device=DEVICE)
-    off = MambaVision(**options, fused_norm=False, fused_mlp=False, skip_padding=False).to(DEVICE)
+    off = MambaVision(**options, fused_norm=False, fused_linear=False, skip_padding=False).to(
+        DEVICE
+    )
     on = MambaVision(**options).to(DEVICE)
     assert list(on.state_dict()) == list(off.state_dict())
     on.load_state_dict(off.state_dict())
@@ -261,7 +264,7 @@ def test_switches_change_nothing(nano, monkeypatch, sizes, padding, depths):
         sum((v * weights[k]).sum() for k, v in features.items()).backward()
         grads = {name: p.grad for name, p in backbone.named_parameters()}
         outcomes.append(features | grads)
-        for module in (triton_layer_norm, triton_mlp):  # on: "auto"
+        for module in (triton_layer_norm, triton_linear):  # on: "auto"
             monkeypatch.setattr(module, "obstacle", lambda *_, **__: None)
     for name, expected in outcomes[0].items():
         scale = expected.abs().max().item()
@@ -270,19 +273,23 @@ def test_switches_change_nothing(nano, monkeypatch, sizes, padding, depths):
         )
 
 
-@pytest.mark.parametrize(("fused", "calls"), [(True, 5), (False, 0)])
-def test_fused_mlps_are_a_choice(nano, monkeypatch, fused, calls):
-    """In all of the five blocks with windows, or in none."""
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("skip_padding", "layers"), [(False, 4), (True, 6)])
+def test_fused_linear_layers_are_a_choice(nano, monkeypatch, fused, skip_padding, layers):
+    """In all of the five blocks with windows, or in none. Two attend, the last of their stages;
+    where they skip padding, they compute the queries apart."""
     seen = []
 
     def run(*tensors):
         seen.append(tensors)
-        return torch_mlp.run(*tensors)
+        return torch_linear.run(*tensors)
 
-    monkeypatch.setattr(triton_mlp, "obstacle", lambda *_, **__: None)
-    monkeypatch.setattr(triton_mlp, "run", run)
-    MambaVision(**nano, fused_mlp=fused)(torch.zeros(1, 3, 32, 32))
-    assert len(seen) == calls
+    monkeypatch.setattr(triton_linear, "obstacle", lambda *_, **__: None)
+    monkeypatch.setattr(triton_linear, "run", run)
+    options = {"fused_linear": fused, "skip_padding": skip_padding}
+    MambaVision(**nano, **options)(torch.zeros(1, 3, 32, 32))
+    # x, and a weight and a bias of each layer
+    assert Counter(map(len, seen)) == ({3: layers, 5: 5} if fused else {})
 
 
 @pytest.mark.cuda

@@ -24,7 +24,7 @@ def _window_stage(depth=2, drop_path=0.0, **options) -> WindowStage:
         "scan_backend": None,
         "conv_backend": None,
         "norm_backend": None,
-        "mlp_backend": None,
+        "linear_backend": None,
         "attention_backend": None,
     }
     return WindowStage(16, [drop_path] * depth, **(defaults | options))

@@ -13,7 +13,7 @@ from mamba_vision.backbone.stages import WindowStage
 from mamba_vision.ops import depthwise_conv1d_silu, mamba_inner, selective_scan, triton_support
 from mamba_vision.ops.conv1d import triton_conv1d
 from mamba_vision.ops.inner import triton_inner
-from mamba_vision.ops.mlp import triton_mlp
+from mamba_vision.ops.linear import triton_linear
 from mamba_vision.ops.selective_scan import triton_scan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,7 +155,7 @@ def window_stage(dim, dtype=torch.float32, **options):
             "scan_backend": None,
             "conv_backend": None,
             "norm_backend": None,
-            "mlp_backend": None,
+            "linear_backend": None,
             "attention_backend": None,
             "cuda_graphs": False,
             **options,
@@ -182,7 +182,7 @@ def test_the_operators_compile_whole(monkeypatch):
 @pytest.mark.slow
 def test_a_window_stage_compiles_whole(monkeypatch):
     """No graph break, and equal numbers; here too the choice falls on Triton."""
-    for module in (triton_support, triton_conv1d, triton_mlp):
+    for module in (triton_support, triton_conv1d, triton_linear):
         monkeypatch.setattr(module, "obstacle", lambda *_, **__: None)
     stage = window_stage(16)
     x = torch.randn(1, 16, 3, 4, device=DEVICE)

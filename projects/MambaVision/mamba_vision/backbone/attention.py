@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UserError
+from ..ops import linear
 
 __all__ = ["ATTENTION_BACKENDS", "Attention"]
 
@@ -41,12 +42,20 @@ class Attention(nn.Module):
             "efficient" or "math". None or "auto": in half precision on a GPU of compute capability
             9 or more the first of these, in this order, that can; elsewhere PyTorch chooses. cuDNN
             plans anew for every shape that it meets first.
+        linear_backend: passed to :func:`~mamba_vision.ops.linear`.
     """
 
-    def __init__(self, dim: int, num_heads: int, backend: str | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        backend: str | None = None,
+        linear_backend: str | None = None,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.backend = backend
+        self.linear_backend = linear_backend
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -63,13 +72,13 @@ class Attention(nn.Module):
         Raises:
             UserError: the backend cannot be used here.
         """
+        # The layers are not called, they only hold weights: those of q, k and v below each other.
+        dim, weight, bias = self.qkv.in_features, self.qkv.weight, self.qkv.bias
         if asked is None:
-            q, k, v = self._heads(self.qkv(x), 3)
+            q, k, v = self._heads(x, weight, bias)
         else:
-            # The layer holds the weights of q, k and v below each other.
-            dim, weight, bias = self.qkv.in_features, self.qkv.weight, self.qkv.bias
-            (q,) = self._heads(F.linear(asked, weight[:dim], bias[:dim]), 1)
-            k, v = self._heads(F.linear(x, weight[dim:], bias[dim:]), 2)
+            (q,) = self._heads(asked, weight[:dim], bias[:dim])
+            k, v = self._heads(x, weight[dim:], bias[dim:])
         channels = q.shape[-1]
         scale = channels**-0.5
         # The fused CUDA kernels want E in eights (the large variants have 49); without them the
@@ -78,11 +87,14 @@ class Attention(nn.Module):
             q, k, v = (F.pad(t, (0, extra)) for t in (q, k, v))
         with _kernels(self.backend, q):
             y = F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :channels]
-        return self.proj(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2)
+        return linear(y, self.proj.weight, self.proj.bias, backend=self.linear_backend)
 
-    def _heads(self, x: Tensor, count: int) -> list[Tensor]:
-        """(B, L, count C) -> count times (B, H, L, E), views whose gradients join in one copy."""
-        parts = x.chunk(count, dim=-1)
+    def _heads(self, x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        """(B, L, C), (n C, C), (n C) -> n times (B, H, L, E), views whose gradients join in one
+        copy."""
+        y = linear(x, weight, bias, backend=self.linear_backend)
+        parts = y.split(x.shape[-1], dim=-1)
         return [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts]
 
 

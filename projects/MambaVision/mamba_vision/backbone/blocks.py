@@ -95,7 +95,7 @@ class MixerBlock(nn.Module):
         drop_path: the probability of dropping a branch, per window.
         layer_scale: the start of gamma_1 and gamma_2; None leaves them out.
         norm_backend: passed to :func:`~mamba_vision.ops.add_layer_norm`.
-        mlp_backend: passed to :func:`~mamba_vision.ops.mlp`.
+        linear_backend: passed to :func:`~mamba_vision.ops.mlp`.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class MixerBlock(nn.Module):
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         norm_backend: str | None = None,
-        mlp_backend: str | None = None,
+        linear_backend: str | None = None,
     ) -> None:
         super().__init__()
         self.norm_backend = norm_backend
@@ -116,7 +116,7 @@ class MixerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.mixer = mixer
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), mlp_backend)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), linear_backend)
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:

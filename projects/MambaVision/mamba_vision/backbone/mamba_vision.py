@@ -60,8 +60,9 @@ class MambaVision(Backbone):
         fused_norm: add and normalize by the fastest backend of
             :func:`~mamba_vision.ops.add_layer_norm` rather than by PyTorch's operators. Either way
             the features have autocast's dtype, where it is on.
-        fused_mlp: compute the MLPs by the fastest backend of :func:`~mamba_vision.ops.mlp`, which
-            keeps less for the backward pass, rather than by PyTorch's operators.
+        fused_linear: compute the MLPs and attention's linear layers by the fastest backend of
+            :func:`~mamba_vision.ops.mlp` and :func:`~mamba_vision.ops.linear`, whose backward pass
+            is faster and for an MLP needs less to be kept, rather than by PyTorch's operators.
         skip_padding: compute nothing that depends on padding alone: where a single window covers
             the map's rows or columns, the last block of its stage leaves out the padded ones.
         cuda_graphs: in training on a GPU record the windowed stages, but for their last blocks, and
@@ -94,7 +95,7 @@ class MambaVision(Backbone):
         activation_checkpointing: bool = False,
         window_padding: str = "full",
         fused_norm: bool = True,
-        fused_mlp: bool = True,
+        fused_linear: bool = True,
         skip_padding: bool = True,
         cuda_graphs: bool = True,
         scan_backend: str | None = None,
@@ -160,7 +161,7 @@ class MambaVision(Backbone):
                     scan_backend=scan_backend,
                     conv_backend=conv_backend,
                     norm_backend=self.norm_backend,
-                    mlp_backend=None if fused_mlp else "torch",
+                    linear_backend=None if fused_linear else "torch",
                     attention_backend=attention_backend,
                 )
             self.levels.append(level)

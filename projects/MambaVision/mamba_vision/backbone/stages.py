@@ -184,7 +184,7 @@ class WindowStage(Stage):
         scan_backend: str | None,
         conv_backend: str | None,
         norm_backend: str | None,
-        mlp_backend: str | None,
+        linear_backend: str | None,
         attention_backend: str | None,
     ) -> None:
         depth = len(drop_paths)
@@ -192,7 +192,7 @@ class WindowStage(Stage):
 
         def mixer(index: int) -> nn.Module:
             if index >= first_attention:
-                return Attention(dim, num_heads, attention_backend)
+                return Attention(dim, num_heads, attention_backend, linear_backend)
             return MambaVisionMixer(dim, scan_backend=scan_backend, conv_backend=conv_backend)
 
         def block(index: int) -> MixerBlock:
@@ -203,7 +203,7 @@ class WindowStage(Stage):
                 drop_path=drop_paths[index],
                 layer_scale=layer_scale,
                 norm_backend=norm_backend,
-                mlp_backend=mlp_backend,
+                linear_backend=linear_backend,
             )
 
         super().__init__(

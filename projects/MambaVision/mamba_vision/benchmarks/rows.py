@@ -101,7 +101,9 @@ SWITCHES = (
         "attention", ((f"{BOTTOM_UP}.attention_backend", "pytorch", "null"),), gpu=True, half=True
     ),
     Switch("fused_norm", ((f"{BOTTOM_UP}.fused_norm", "false", "true"),), gpu=True),
-    Switch("fused_mlp", ((f"{BOTTOM_UP}.fused_mlp", "false", "true"),), gpu=True, training=True),
+    Switch(
+        "fused_linear", ((f"{BOTTOM_UP}.fused_linear", "false", "true"),), gpu=True, training=True
+    ),
     Switch("skip_padding", ((f"{BOTTOM_UP}.skip_padding", "false", "true"),)),
     Switch(
         "pooler", tuple((f"{ROI_HEADS}.{x}_pooler._target_", *POOLERS) for x in ("box", "mask"))

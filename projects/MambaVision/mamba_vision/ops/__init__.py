@@ -1,4 +1,4 @@
-"""The operators that PyTorch does not have: those of the window stages, and two of the heads.
+"""Operators that PyTorch lacks or is slow at: those of the window stages, and two of the heads.
 
 Shape legend of those of the window stages, which take (B, L, D):
 
@@ -12,8 +12,8 @@ Shape legend of those of the window stages, which take (B, L, D):
                             equation 6)
 ``mamba_inner``             both, with the projections between them
 ``add_layer_norm``          a residual connection and the LayerNorm after it, in one pass
-``mlp``                     two linear layers with a GELU between, which keep less for their
-                            backward pass
+``linear``                  a linear layer, whose backward pass is faster
+``mlp``                     two with a GELU between, which also keep less for it
 ``multi_level_roi_align``   RoIAlign over the levels of a feature pyramid (arXiv:1703.06870, section
                             3); its folder has its shape legend
 ``grouped_nms``             non-maximum suppression of many groups of boxes at once
@@ -26,7 +26,7 @@ definition, but for NMS, where torchvision has it, and each further file one fas
 from .conv1d import depthwise_conv1d_silu
 from .inner import mamba_inner
 from .layer_norm import add_layer_norm
-from .mlp import mlp
+from .linear import linear, mlp
 from .nms import grouped_nms
 from .roi_align import multi_level_roi_align
 from .selective_scan import selective_scan
@@ -35,6 +35,7 @@ __all__ = [
     "add_layer_norm",
     "depthwise_conv1d_silu",
     "grouped_nms",
+    "linear",
     "mamba_inner",
     "mlp",
     "multi_level_roi_align",

@@ -1,4 +1,4 @@
-"""Triton kernels of the MLP's backward pass.
+"""Triton kernels of the backward pass of linear layers and MLPs.
 
 Shape legend: M tokens, N channels, P strips of tokens. A program walks down the ``steps`` tiles of
 a strip, each of ROWS tokens and COLUMNS channels, and leaves the sums over the strip's tokens.
