@@ -29,6 +29,7 @@ from .timing import Table, milliseconds, synchronize
 __all__ = ["add_arguments", "run_dataset", "run_varied"]
 
 LONG = 1333 / 800  # the longest side of an image over its shortest, as they are resized
+WARM_UP = 5  # passes of a data set, in which every size is recorded
 PASSES = 4  # CUDA graphs are recorded in the second, and some again
 VARIED_COLUMNS = (
     *("row", "padding", "sizes", "first pass ms", "slowest ms", "last pass ms"),
@@ -168,7 +169,8 @@ def run_dataset(
 ) -> None:
     """Run the rows in Detectron2's evaluation loop; print where the time of an image goes.
 
-    The images pass three times: to warm up, to take the time, and to sum up what the GPU does.
+    The images pass to warm up, until all CUDA graphs are recorded, then to take the time, and once
+    more to sum up what the GPU does.
 
     Raises:
         UserError: the data set of ``args.dataset`` cannot be used.
@@ -177,9 +179,10 @@ def run_dataset(
     for row in rows:
         check_dataset(args.dataset, row.config.model.roi_heads.num_classes)
         model = detector(row, weights, dtype, args.device)
-        for _ in range(2):
-            loop = _Loop(row.config, args.dataset, args.dataset_images)
-            loop.run(model, dtype, args.device)
+        for _ in range(WARM_UP if "cuda_graphs" in row.prepare else 1):
+            _Loop(row.config, args.dataset, args.dataset_images).run(model, dtype, args.device)
+        loop = _Loop(row.config, args.dataset, args.dataset_images)
+        loop.run(model, dtype, args.device)
         busy = "-"
         if args.device == "cuda":
             again = _Loop(row.config, args.dataset, args.dataset_images)

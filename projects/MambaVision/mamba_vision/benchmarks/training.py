@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..data import check_dataset
 from ..engine.machine import build_model
 from ..engine.trainer import Trainer
+from ..transfer import pin
 from .inputs import add_targets, draw_images
 from .options import positive
 from .rows import BOTTOM_UP, Row, Switch, make_rows
@@ -141,7 +142,7 @@ def _images(config: DictConfig, args: argparse.Namespace) -> Batch:
     images = draw_images(args.train_images, args.size)
     masks = "mask_in_features" in config.model.roi_heads
     add_targets(images, OBJECTS, config.model.roi_heads.num_classes, masks)
-    return images
+    return [pin(image) for image in images] if args.device == "cuda" else images  # as loaders do
 
 
 def _batches(config: DictConfig, args: argparse.Namespace) -> Iterator[Batch]:
