@@ -98,7 +98,7 @@ def test_batches_for_a_gpu_are_pinned():
     loader = torch.utils.data.DataLoader(torch.ones(3, 2), batch_size=2, num_workers=1)
     evaluator = Recorder(model)
     evaluation.run_evaluator(model, loader, evaluator)
-    assert [told[3] for told in evaluator.told[1:-1]] == [[0.0, 0.0], [0.0]]
+    assert [told[3] for told in evaluator.told[1:-1]] == [[1.0, 1.0], [1.0]]
     assert all(told[2].is_pinned() for told in evaluator.told[1:-1])
 
 
