@@ -1,9 +1,12 @@
 """Functions in turn, and what they keep in memory."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
-from mamba_vision.benchmarks.timing import Memory, alternate
+from mamba_vision.benchmarks.timing import Memory, alternate, captured
 
 
 def test_two_functions_run_in_turn():
@@ -48,3 +51,19 @@ def test_memory_of_a_graph():
     assert float(memory.peak(graph.replay)) >= 64
     del graph
     assert float(memory.peak(lambda: None)) < 64
+
+
+@pytest.mark.cuda
+def test_a_replay_keeps_what_it_reads():
+    def double():
+        weight = torch.full((2**22,), 3.0, device="cuda")
+        result = torch.zeros_like(weight)
+        return captured(lambda: torch.mul(weight, 2, out=result)), result, weakref.ref(weight)
+
+    replay, result, weight = double()
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert weight() is not None
+    result.zero_()
+    replay()
+    assert result.unique().tolist() == [6.0]

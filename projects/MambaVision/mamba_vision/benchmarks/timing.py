@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -93,7 +94,7 @@ def alternate(
 
 
 def captured(function: Callable[[], object]) -> Callable[[], object]:
-    """A replay of the kernels that the function launches."""
+    """A replay of the kernels that the function launches; what they read lives as long."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -103,7 +104,11 @@ def captured(function: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return graph.replay
+    return partial(_replay, graph, function)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, _function: Callable[[], object]) -> None:
+    graph.replay()
 
 
 @contextmanager
