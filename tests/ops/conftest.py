@@ -27,6 +27,28 @@ def judge():
 
 
 @pytest.fixture
+def check_replay():
+    """A step, recorded as a CUDA graph, follows its inputs bit for bit."""
+
+    def check(step, inputs):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step()  # compiles, and lets cuBLAS allocate
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            for x in inputs:
+                x.add_(0.01 * torch.randn_like(x))
+        graph.replay()
+        for one, other in zip(captured, step(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+    return check
+
+
+@pytest.fixture
 def draw_inner():
     def draw(batch, length, half, rank=None, states=8, dtype=torch.float32):
         """Inputs in the order of the operator's arguments, of a mixer's usual magnitudes."""

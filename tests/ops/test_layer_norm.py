@@ -264,7 +264,7 @@ def test_equal_inputs_give_equal_results(dtype):
 
 
 @pytest.mark.cuda
-def test_cuda_graph():
+def test_cuda_graph(check_replay):
     run = functools.partial(triton_layer_norm.run, eps=EPS, dtype=torch.float16)
     inputs = [x.cuda().requires_grad_() for x in draw((2, 500, 320), torch.float16)]
 
@@ -273,19 +273,7 @@ def test_cuda_graph():
         loss = total.float().square().sum() + normed.float().pow(3).sum()
         return total, normed, *torch.autograd.grad(loss, inputs)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for x in inputs:
-            x.add_(0.01 * torch.randn_like(x))
-    graph.replay()
-    for one, other in zip(captured, step()):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    check_replay(step, inputs)
 
 
 def test_activation_checkpointing():

@@ -454,7 +454,7 @@ def test_equal_inputs_give_equal_results(dtype, hidden):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("hidden", [None, 1280])
-def test_cuda_graph(hidden):
+def test_cuda_graph(check_replay, hidden):
     inputs = [x.requires_grad_() for x in draw(2, 500, 320, hidden=hidden, dtype=torch.float16)]
     weights = torch.randn(2, 500, 320, device="cuda", dtype=torch.float16)
 
@@ -462,19 +462,7 @@ def test_cuda_graph(hidden):
         y = triton_linear.run(*inputs)
         return y, *torch.autograd.grad(y, inputs, weights)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()  # compiles, and lets cuBLAS allocate
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for x in inputs:
-            x.add_(0.01 * torch.randn_like(x))
-    graph.replay()
-    for one, other in zip(captured, step()):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    check_replay(step, inputs)
 
 
 @pytest.mark.cuda

@@ -210,26 +210,14 @@ def test_equal_inputs_give_equal_results(draw_inner, dtype):
 
 
 @pytest.mark.cuda
-def test_cuda_graph(draw_inner):
+def test_cuda_graph(check_replay, draw_inner):
     inputs = [x.to(DEVICE).requires_grad_() for x in draw_inner(1, 500, 40)]
     weights = torch.randn(1, 500, 80, device=DEVICE)
 
     def step():
         return torch.autograd.grad((triton_inner.run(*inputs) * weights).sum(), inputs)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()  # compiles, and lets cuBLAS allocate
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for x in inputs:
-            x.add_(0.01 * torch.randn_like(x))
-    graph.replay()
-    for one, other in zip(captured, step()):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    check_replay(step, inputs)
 
 
 @pytest.mark.cuda
