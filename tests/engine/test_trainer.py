@@ -135,6 +135,43 @@ def test_a_checkpoint_of_another_kind_of_step_goes_on(saved, used, dtype):
     torch.testing.assert_close(run(second, 3, start=1), run(whole, 3, start=1))
 
 
+class Convolution(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(-1, 1, 8 * 3 * 3 * 3).view(8, 3, 3, 3))
+
+    def forward(self, images):
+        x = torch.stack([image["image"] for image in images])
+        return {"loss": nn.functional.conv2d(x, self.scale).square().mean()}
+
+
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+@pytest.mark.parametrize(("saved", "used"), [FORMATS, FORMATS[::-1], FORMATS[1:] * 2])
+def test_a_checkpoint_from_other_memory_goes_on(saved, used):
+    """Fused, AdamW takes any numbers of an average for those of the weight beside it."""
+
+    def adam(memory_format):
+        net = Convolution().to(memory_format=memory_format)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, fused=True)
+        return Trainer(net, batches(), optimizer, seed=3)
+
+    whole, first, second = adam(used), adam(saved), adam(used)
+    run(whole, 2)
+    run(first, 2)
+    state = copy.deepcopy(first.state_dict())
+    averages = state["optimizer"]["state"][0]
+    assert averages["exp_avg"].is_contiguous()
+    assert averages["exp_avg_sq"].is_contiguous()
+    with EventStorage():
+        second.load_state_dict(state)
+    second.model.load_state_dict(first.model.state_dict())
+    for resumed in (whole, second):
+        resumed._data_loader_iter_obj = iter(batches())
+    torch.testing.assert_close(run(second, 4, start=2), run(whole, 4, start=2))
+
+
 @pytest.fixture
 def one_process(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)

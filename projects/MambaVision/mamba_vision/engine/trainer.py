@@ -152,7 +152,9 @@ class Trainer(SimpleTrainer):
             logger.exception("While closing the training:")
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {
+        state = super().state_dict()
+        return state | {
+            "optimizer": _contiguous(state["optimizer"]),
             "grad_scaler": self.grad_scaler.state_dict(),
             "seed": self._seed,
             "nonfinite": self._nonfinite,
@@ -160,6 +162,7 @@ class Trainer(SimpleTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict | {"optimizer": self._as_here(state_dict["optimizer"])})
+        _lay_like_parameters(self.optimizer)
         self._seed = state_dict.get("seed", self._seed)
         self._nonfinite = state_dict.get("nonfinite", 0)
         scaler = state_dict.get("grad_scaler")
@@ -246,6 +249,26 @@ class Trainer(SimpleTrainer):
                 f"{self._nonfinite} times in a row (train.max_nonfinite); lower optimizer.lr, or "
                 f"check the images and losses listed in {path}"
             )
+
+
+def _contiguous(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state as any training can take it, also one without channels last."""
+    states = {
+        index: {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in state.items()}
+        for index, state in optimizer["state"].items()
+    }
+    return optimizer | {"state": states}
+
+
+def _lay_like_parameters(optimizer: Optimizer) -> None:
+    """Put an optimizer's averages into memory as its parameters are.
+
+    Fused optimizers walk through both side by side, and do not look whether they may.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
 
 
 def _size(image: Mapping[str, Any]) -> list[int]:
