@@ -49,7 +49,7 @@ def draw_weights(plain: Row, size: tuple[int, int], device: str) -> Weights:
     """Random weights of a detector that finds as much as a trained one."""
     torch.manual_seed(0)
     model = instantiate(plain.model(torch.float32)).eval()
-    model = model.to(device, memory_format=torch.channels_last)  # as in training and by prepare
+    model = model.to(device, memory_format=torch.channels_last)  # as on a GPU and by prepare
     images = draw_images(1, size)
     with exact():
         calibrate(model, lambda: model(images))

@@ -89,8 +89,10 @@ def build_model(config: DictConfig) -> nn.Module:
     model = instantiate(config.model)
     if config.train.device == "cpu" and comm.get_world_size() > 1:
         model = _with_naive_sync_norms(model)
-    # The maps are so in memory; else a convolution's weights would be turned at every call.
-    model = model.to(config.train.device, memory_format=torch.channels_last)
+    model = model.to(config.train.device)
+    if config.train.device != "cpu":
+        # The maps are so in memory; else a convolution's weights would be turned at every call.
+        model = model.to(memory_format=torch.channels_last)
     if config.train.get("compile"):
         compile_backbone(model)
     return model
