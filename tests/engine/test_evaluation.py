@@ -84,6 +84,18 @@ def test_the_loop_is_detectron2s(monkeypatch, caplog):
     assert "2 of 2 batches done" in caplog.text
 
 
+def test_several_evaluators_are_told_and_asked(parts, monkeypatch):
+    """As a config's list."""
+    monkeypatch.setattr(Keeper, "found", [])
+    config, model, _ = parts
+    expected = do_test(config, model)
+    coco = config.dataloader.evaluator
+    coco.dataset_name = str(coco.dataset_name)  # which is told by its place in the config
+    config.dataloader.evaluator = [coco, LazyCall(Keeper)()]
+    assert do_test(config, model)["bbox"] == pytest.approx(expected["bbox"], nan_ok=True)
+    assert len(Keeper.found) == 3
+
+
 @pytest.mark.cuda
 def test_batches_for_a_gpu_are_pinned():
     class Pinned(torch.nn.Module):

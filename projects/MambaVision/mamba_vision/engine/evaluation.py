@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, MutableSequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.config import instantiate
-from detectron2.evaluation import DatasetEvaluator, inference_context, print_csv_format
+from detectron2.evaluation import (
+    DatasetEvaluator,
+    DatasetEvaluators,
+    inference_context,
+    print_csv_format,
+)
 from detectron2.utils import comm
 from detectron2.utils.logger import log_every_n_seconds
 from omegaconf import DictConfig
@@ -72,7 +77,9 @@ def do_test(config: DictConfig, model: nn.Module) -> dict[str, dict[str, float]]
 
 
 def run_evaluator(
-    model: nn.Module, loader: Collection, evaluator: DatasetEvaluator
+    model: nn.Module,
+    loader: Collection,
+    evaluator: DatasetEvaluator | MutableSequence[DatasetEvaluator],
 ) -> dict[str, Any]:
     """Detectron2's ``inference_on_dataset``, which waits for the GPU after every batch; this waits
     for nothing, so that a GPU can go on with a batch's last part while the next one is prepared.
@@ -81,14 +88,17 @@ def run_evaluator(
         model: in evaluation it is put into eval mode.
         loader: batches of the model's inputs, of a known number. A ``DataLoader`` of PyTorch's pins
             them in a thread of its own, if the model is on a GPU.
-        evaluator: of what the model finds.
+        evaluator: of what the model finds; or several.
 
     Returns:
-        What the evaluator does; empty if that is None, as in all processes but the first.
+        What the evaluator does, or all of them together; empty if that is None, as in all processes
+        but the first.
     """
     weight = next(model.parameters(), torch.empty(0))
     if weight.is_cuda and isinstance(loader, DataLoader):
         loader.pin_memory = True
+    if isinstance(evaluator, MutableSequence):
+        evaluator = DatasetEvaluators(evaluator)
     total = len(loader)
     logger.info("Evaluating %d batches", total)
     evaluator.reset()
