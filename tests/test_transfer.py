@@ -1,4 +1,4 @@
-"""Images and objects that a GPU is given without being waited for."""
+"""Images, objects and numbers that go to a GPU and back without more waiting than they need."""
 
 import copy
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
-from mamba_vision.transfer import pin, send
+from mamba_vision.transfer import begin_fetch, pin, send
 
 SIZE = (24, 32)
 
@@ -98,3 +98,22 @@ def test_a_gpu_is_given_the_same_and_not_waited_for(masks, pinned):
         # what draws them finds them where they were
         assert ours["instances"].gt_boxes.device.type == "cpu"
         assert not theirs["image"].is_cuda
+
+
+NUMBERS = torch.tensor([[3, 0], [2**40 + 1, -7]])
+
+
+def test_numbers_of_a_cpu_are_there():
+    assert begin_fetch(NUMBERS)() == [[3, 0], [2**40 + 1, -7]]
+
+
+@pytest.mark.cuda
+def test_numbers_are_fetched_before_what_a_gpu_is_given_after_them():
+    numbers = NUMBERS.cuda()
+    begin_fetch(numbers)()  # allocates
+    numbers += 1
+    fetch = begin_fetch(numbers)
+    torch.cuda._sleep(1_000_000_000)  # cycles: half a second
+    numbers += 1
+    assert fetch() == [[4, 1], [2**40 + 2, -6]]
+    assert not torch.cuda.current_stream().query()  # it still sleeps

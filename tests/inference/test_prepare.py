@@ -105,8 +105,7 @@ def test_finds_the_same(fuse):
 def compare_over_sizes(model, prepare_it, same):
     """Call both again and again, on images of both orientations, alone and in batches.
 
-    Once few objects are found and once many, so that the mask heads' two paddings are met. A graph
-    holds the threshold that it was recorded with.
+    Once few objects are found and once many. A graph holds the threshold that it was recorded with.
     """
     counts = set()
     for threshold in (0.15, 0.42):
@@ -119,8 +118,7 @@ def compare_over_sizes(model, prepare_it, same):
                 expected = run(model, inputs)
                 counts |= {len(e["instances"]) for e in expected}
                 same(run(prepared, inputs), expected)
-        # Of four forms of batches: backbone, detections, and masks with either padding or both.
-        assert 12 <= prepared.graphs.captures <= 16
+        assert prepared.graphs.captures == 12  # of four forms: backbone, detections and masks
     assert min(counts) <= 16 < max(counts)
 
 
@@ -352,8 +350,8 @@ def test_its_memory_goes_with_it():
 
 
 @pytest.mark.cuda
-def test_it_waits_for_the_gpu_once():
-    """Besides Detectron2's upload of the images, which are there already."""
+def test_it_waits_for_the_numbers_of_detections_alone():
+    """That wait, for an event, PyTorch does not warn of; images uploaded before need none."""
     prepared = prepare(nano("cuda"))
     inputs = [x | {"image": x["image"].cuda()} for x in images(*SIZES)]
     for _ in range(3):
@@ -366,4 +364,4 @@ def test_it_waits_for_the_gpu_once():
             prepared(inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in waits if "synchroniz" in str(w.message)]) == 1
+    assert not [w for w in waits if "synchroniz" in str(w.message)]

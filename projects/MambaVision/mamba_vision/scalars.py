@@ -11,6 +11,8 @@ import torch
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor
 
+from .transfer import begin_fetch
+
 __all__ = ["begin_flush", "flush_scalars", "put_scalars"]
 
 
@@ -70,17 +72,10 @@ def begin_flush(numbers: Tensor | None = None) -> Callable[[], list[float]]:
         tensors.append(torch.stack([scalar.value.reshape(()) for scalar in pending]))
     if not tensors:
         return list
-    sent = torch.cat([tensor.float() for tensor in tensors])
-    arrived = None
-    if sent.is_cuda:
-        sent = torch.empty_like(sent, device="cpu", pin_memory=True).copy_(sent, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
+    fetch = begin_fetch(torch.cat([tensor.float() for tensor in tensors]))
 
     def end() -> list[float]:
-        if arrived is not None:
-            arrived.synchronize()
-        fetched = sent.tolist()
+        fetched = fetch()
         count = len(fetched) - len(pending)
         scope, storage._current_prefix = storage._current_prefix, ""  # the names are whole
         for scalar, value in zip(pending, fetched[count:], strict=True):

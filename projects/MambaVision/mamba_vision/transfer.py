@@ -1,7 +1,7 @@
-"""Images and their objects on the way to a GPU, while the CPU goes on.
+"""Images and their objects on the way to a GPU, and numbers on the way back, while the CPU goes on.
 
-A copy from memory that is not pinned makes the CPU wait until the GPU is done with all that it was
-given before. To pin is to copy too, on the CPU; data loaders can do that beside the training.
+A copy to or from memory that is not pinned makes the CPU wait until the GPU is done with all that
+it was given before. To pin is to copy too, on the CPU; data loaders can do that beside the training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from detectron2.structures import BitMasks, Boxes, Instances
 from torch import Tensor
 
-__all__ = ["pin", "send"]
+__all__ = ["begin_fetch", "pin", "send"]
 
 
 def pin(x: Any) -> Any:
@@ -47,6 +47,29 @@ def send(images: list[dict[str, Any]], device: torch.device) -> list[dict[str, A
             own["instances"] = _Instances(objects.image_size, **objects.get_fields())
         sent.append(own)
     return sent
+
+
+def begin_fetch(numbers: Tensor) -> Callable[[], list]:
+    """Let a GPU send numbers as soon as they are computed.
+
+    Args:
+        numbers: of any shape and dtype; on a CPU they are simply there.
+
+    Returns:
+        What ends it: it waits for the numbers, but not for what the GPU is given after this, and
+        gives them as ``tolist`` does.
+    """
+    if not numbers.is_cuda:
+        return numbers.tolist
+    sent = torch.empty_like(numbers, device="cpu", pin_memory=True)
+    sent.copy_(numbers, non_blocking=True)
+    arrived = torch.cuda.current_stream(numbers.device).record_event()
+
+    def end() -> list:
+        arrived.synchronize()
+        return sent.tolist()
+
+    return end
 
 
 class _Instances(Instances):

@@ -11,18 +11,18 @@ from detectron2.structures import Boxes, Instances, ROIMasks
 from torch import Tensor
 
 from ..proposals import image_bounds, to_device
+from ..transfer import begin_fetch
 from .graphs import Graphs
 
 __all__ = ["GraphedDetector"]
-
-FEW = 16  # detections: images with no more than these have smaller graphs of their masks
 
 
 class GraphedDetector:
     """Detectron2's ``GeneralizedRCNN.inference`` with CUDA graphs, waiting for the GPU once.
 
-    It waits for the numbers of detections; the masks are predicted, and pasted by Detectron2,
-    while the CPU goes on.
+    It waits for the numbers of detections. Masks of as many as there may be are predicted
+    meanwhile, so that the GPU has work while the CPU lets them be pasted, by Detectron2, and goes
+    on to the next images.
 
     Args:
         model: in eval mode, with this package's RPN, anchors, cascade, predictor and poolers.
@@ -46,14 +46,11 @@ class GraphedDetector:
         sizes = to_device(list(zip(images.image_sizes, wanted)), images.tensor.device)
         features = model.backbone(images.tensor)
         boxes, *found, lengths = self.find(features, sizes)
-        counts = lengths.tolist()
-        masks = None
-        if heads.mask_on:
-            most = FEW if max(counts) <= FEW else boxes.shape[1]
-            masks = heads.run_masks(features, boxes[:, :most], found[-1][:, :most])
+        counts = begin_fetch(lengths)
+        masks = heads.run_masks(features, boxes, found[-1]) if heads.mask_on else None
         found = [x.clone() for x in found]  # the next images' will lie where these lie
         results = []
-        for i, (size, n) in enumerate(zip(wanted, counts, strict=True)):
+        for i, (size, n) in enumerate(zip(wanted, counts(), strict=True)):
             rescaled, scores, classes = (x[i, :n] for x in found)
             objects = Instances(
                 size, pred_boxes=Boxes(rescaled), scores=scores, pred_classes=classes
