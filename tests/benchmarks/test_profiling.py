@@ -50,7 +50,7 @@ def test_of_a_real_profile(tables):
 
 @pytest.mark.cuda
 def test_on_a_gpu(tables):
-    x = torch.zeros(8, device="cuda")
+    x = torch.zeros(1 << 26, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         x + 1
@@ -64,4 +64,4 @@ def test_on_a_gpu(tables):
     ((row,),) = tables()
     assert (row["kernel launches"], row["graph launches"]) == ("2", "1")
     assert row["synchronizations"] == "1"
-    assert float(row["GPU busy ms"]) > 0
+    assert float(row["GPU busy ms"]) > 0.1  # it reads 768 MiB and writes 512
