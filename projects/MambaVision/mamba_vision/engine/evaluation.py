@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, MutableSequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, MutableSequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,6 @@ __all__ = ["do_test", "prepare_for_test", "run_evaluator", "share_buffers"]
 logger = logging.getLogger(__name__)
 
 LOG_PERIOD = 5  # seconds
-SWITCH_INTERVAL = 1e-4  # seconds
 
 
 def do_test(config: DictConfig, model: nn.Module) -> dict[str, dict[str, float]]:
@@ -105,7 +102,7 @@ def run_evaluator(
     total = len(loader)
     logger.info("Evaluating %d batches", total)
     evaluator.reset()
-    with inference_context(model), torch.no_grad(), _quick_switches():
+    with inference_context(model), torch.no_grad():
         start = time.perf_counter()
         for done, inputs in enumerate(loader, 1):
             evaluator.process(inputs, model(inputs))
@@ -114,18 +111,6 @@ def run_evaluator(
             words = f"{done} of {total} batches done, {seconds:.4f} s each; ETA: {left}"
             log_every_n_seconds(logging.INFO, words, LOG_PERIOD, name=__name__)
     return evaluator.evaluate() or {}
-
-
-@contextmanager
-def _quick_switches() -> Iterator[None]:
-    """Let no thread, as an evaluator's, keep the interpreter for Python's 5 ms from the one that
-    gives the GPU its work."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 def prepare_for_test(config: DictConfig, model: nn.Module) -> Prepared:
