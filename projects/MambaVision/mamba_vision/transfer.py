@@ -1,7 +1,7 @@
 """Images and their objects on the way to a GPU, and numbers on the way back, while the CPU goes on.
 
 A copy to or from memory that is not pinned makes the CPU wait until the GPU is done with all that
-it was given before. To pin is to copy too, on the CPU; data loaders can do that beside the training.
+it was given before. To pin is to copy too, on the CPU; data loaders do that beside the training.
 """
 
 from __future__ import annotations
