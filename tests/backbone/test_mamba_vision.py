@@ -116,7 +116,7 @@ def test_some_features_equal_those_of_the_whole(nano, names):
 def test_fit_cuts_smaller_windows(nano, padding, tokens):
     backbone = MambaVision(**nano, window_padding=padding)
     shapes = []
-    backbone.levels[2].blocks[0].register_forward_hook(lambda m, x, y: shapes.append(y.shape))
+    backbone.levels[2].blocks[0].register_forward_hook(lambda m, x, y: shapes.append(y[0].shape))
     backbone(torch.randn(3, 3, 64, 96))  # 4 x 6 tokens in windows of 4: two for each image
     assert shapes == [(6, tokens, 64)]
 

@@ -153,15 +153,43 @@ def test_mixer_block_by_its_equation():
     torch.testing.assert_close(block(x), y + block.gamma_2 * block.mlp.fc2(hidden))
 
 
-def test_drop_path_drops_whole_windows_and_scales_the_rest():
-    stage = _window_stage(1, drop_path=0.5)
-    block = stage.blocks[0]
+@pytest.mark.parametrize("layer_scale", [None, 0.3])
+def test_mixer_block_between_its_neighbours(layer_scale):
+    """Given its input normalized, and asked to normalize its outcome, it gives the same."""
+    block = _window_stage(1, layer_scale=layer_scale).double().blocks[0]
+    following = nn.LayerNorm(16).double()
+    nn.init.normal_(following.weight)
+    nn.init.normal_(following.bias)
+    x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *block.parameters(), *following.parameters()]
+    directions = torch.randn(2, 2, 9, 16, dtype=torch.float64)
+    outcome = block(x)
+    alone = outcome, following(outcome)
+    between = block(x, block.norm1(x), following=following)
+    for one, other in zip(alone, between, strict=True):
+        torch.testing.assert_close(other, one)
+    gradients = [torch.autograd.grad(both, leaves, list(directions)) for both in (alone, between)]
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize("following", [None, nn.LayerNorm(16)])
+def test_drop_path_drops_whole_windows_and_scales_the_rest(following):
+    block = _window_stage(1, drop_path=0.5).blocks[0]
+    x = torch.randn(64, 16, 16)
+
+    def check(branch):
+        after = block(x) if following is None else block(x, following=following)[0]
+        dropped = (after - x).abs().amax((1, 2)) < 1e-5
+        assert 16 < dropped.sum() < 48
+        torch.testing.assert_close(
+            (after - x)[~dropped], 2 * branch[~dropped], rtol=1e-4, atol=1e-4
+        )
+
     nn.init.zeros_(block.mlp.fc2.weight)  # leaves the mixer's branch alone
     nn.init.zeros_(block.mlp.fc2.bias)
     nn.init.normal_(block.mixer.out_proj.weight)
-    x = torch.randn(64, 16, 16)
-    branch = block.mixer(block.norm1(x))
-    added = block(x) - x
-    dropped = added.abs().amax((1, 2)) < 1e-5
-    assert 16 < dropped.sum() < 48
-    torch.testing.assert_close(added[~dropped], 2 * branch[~dropped], rtol=1e-4, atol=1e-4)
+    check(block.mixer(block.norm1(x)))
+    nn.init.zeros_(block.mixer.out_proj.weight)  # leaves the MLP's
+    nn.init.normal_(block.mlp.fc2.weight)
+    check(block.mlp(block.norm2(x)))

@@ -119,21 +119,35 @@ class MixerBlock(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio), linear_backend)
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
-    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        normed: Tensor | None = None,
+        wanted: Tensor | None = None,
+        following: nn.LayerNorm | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Run the block.
 
         Args:
             x: (B, L, C).
+            normed: like x, that normalized by ``norm1``, where it is known; None to compute it.
             wanted: (B, M, C), the tokens of x whose outcome is wanted, if the mixer attends; None
                 for all.
+            following: normalizes the outcome, which costs less here than by itself.
 
         Returns:
-            (B, M, C).
+            (B, M, C); with ``following`` two of these, the outcome and that normalized.
         """
-        tokens = [x] if wanted is None else [x, wanted]
-        branch = self.mixer(*(self._add_norm(self.norm1, t)[1] for t in tokens))
-        x, y = self._add_norm(self.norm2, tokens[-1], branch, self.gamma_1, self._keep(len(branch)))
-        return x + self.drop_path(_scaled(self.mlp(y), self.gamma_2))
+        normed = self._add_norm(self.norm1, x)[1] if normed is None else normed
+        if wanted is None:
+            branch = self.mixer(normed)
+        else:
+            x, branch = wanted, self.mixer(normed, self._add_norm(self.norm1, wanted)[1])
+        x, normed = self._add_norm(self.norm2, x, branch, self.gamma_1)
+        branch = self.mlp(normed)
+        if following is not None:
+            return self._add_norm(following, x, branch, self.gamma_2)
+        return x + self.drop_path(_scaled(branch, self.gamma_2))
 
     def _add_norm(
         self,
@@ -141,9 +155,9 @@ class MixerBlock(nn.Module):
         x: Tensor,
         branch: Tensor | None = None,
         gamma: Tensor | None = None,
-        keep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x + keep * gamma * branch, and that normalized."""
+        """x + drop_path(gamma * branch), and that normalized."""
+        keep = None if branch is None else self._keep(len(branch))
         weights = norm.weight, norm.bias, norm.eps
         return add_layer_norm(x, branch, gamma, *weights, keep=keep, backend=self.norm_backend)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -132,10 +133,13 @@ class Stage(nn.Module):
         return x
 
     def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-        if not (self.activation_checkpointing and self.training and torch.is_grad_enabled()):
+        if not self._is_checkpointed():
             return block(*inputs)
         contexts = partial(_checkpoint_contexts, block)
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+
+    def _is_checkpointed(self) -> bool:
+        return self.activation_checkpointing and self.training and torch.is_grad_enabled()
 
 
 class ConvStage(Stage):
@@ -216,19 +220,55 @@ class WindowStage(Stage):
         self.skip_padding = skip_padding and first_attention < depth
         self.graphs = TrainingGraphs() if cuda_graphs else None
 
-    def _run_all(self, blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
-        compiled = torch.compiler.is_compiling()
-        if compiled or self.graphs is None or self.activation_checkpointing:
-            return super()._run_all(blocks, x)
-        return self.graphs(nn.Sequential(*blocks), x)
-
     def _mix(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         shape = window_shape(height, width, self.window_size, self.window_padding)
-        windows = cut_windows(x, shape)
-        *blocks, last = self.blocks
-        windows = self._run_all(blocks, windows)
+        windows, normed = self._run_first(cut_windows(x, shape))
         # A window longer than the map is the only one along its axis.
         part = (min(shape[0], height), min(shape[1], width)) if self.skip_padding else shape
         wanted = None if part == shape else crop_windows(windows, shape, part)
-        return join_windows(self._run(last, windows, wanted), part, (height, width))
+        windows = self._run(self.blocks[-1], windows, normed, wanted)
+        return join_windows(windows, part, (height, width))
+
+    def _run_first(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """All blocks but the last; also what the last one's first norm gives, unless it is left to
+        that, which then keeps less."""
+        *blocks, last = cast(list[MixerBlock], list(self.blocks))
+        if not blocks or self._is_checkpointed():
+            return self._run_all(blocks, x), None
+        if self.graphs is None or torch.compiler.is_compiling():
+            return _run_chain(blocks, last.norm1, x)
+        return self.graphs(_Chain(blocks, last.norm1), x)
+
+
+class _Chain(nn.Module):
+    """See :func:`_run_chain`."""
+
+    def __init__(self, blocks: Sequence[MixerBlock], following: nn.LayerNorm) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.following = following
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = cast(list[MixerBlock], list(self.blocks))
+        return _run_chain(blocks, self.following, x)
+
+
+def _run_chain(
+    blocks: Sequence[MixerBlock], following: nn.LayerNorm, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run mixer blocks in turn, each of which also normalizes its outcome for the next.
+
+    Args:
+        blocks: at least one.
+        following: the norm behind the last of them.
+        x: (B, L, C).
+
+    Returns:
+        Two of (B, L, C): the outcome, and that normalized.
+    """
+    normed = None
+    for block, norm in zip(blocks, [*(block.norm1 for block in blocks[1:]), following]):
+        x, normed = block(x, normed, following=norm)
+    assert normed is not None
+    return x, normed
