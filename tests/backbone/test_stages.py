@@ -116,7 +116,9 @@ def test_downsampling_follows_the_feature():
     assert following.shape == (1, 32, 3, 4)
 
 
-def test_conv_block_by_its_equation():
+@pytest.mark.parametrize("training", [True, False])
+def test_conv_block_by_its_equation(training):
+    """The outcome, the gradients and the statistics; with the batch's and with the running ones."""
     stage = ConvStage(
         6,
         [0.0],
@@ -125,16 +127,34 @@ def test_conv_block_by_its_equation():
         downsample=False,
         activation_checkpointing=False,
     ).double()
-    block, x = stage.blocks[0], torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    block, x = stage.blocks[0], torch.randn(2, 6, 5, 7, dtype=torch.float64, requires_grad=True)
+    for norm in (block.norm1, block.norm2):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        nn.init.normal_(norm.running_mean)
+    before = [norm.running_mean.clone() for norm in (block.norm1, block.norm2)]
+    means: list[torch.Tensor] = []
 
-    def normalized(values):  # over the batch, as in training; scale 1 and shift 0
-        variance, mean = torch.var_mean(values, (0, 2, 3), correction=0, keepdim=True)
-        return (values - mean) / torch.sqrt(variance + 1e-5)
+    def normalized(conv, norm, x):
+        y = nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
+        variance, mean = norm.running_var.clone(), norm.running_mean.clone()
+        if training:
+            variance, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+        means.append(mean)
+        factor = norm.weight / torch.sqrt(variance + 1e-5)
+        return (y - mean.view(-1, 1, 1)) * factor.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
 
-    y = normalized(nn.functional.conv2d(x, block.conv1.weight, block.conv1.bias, padding=1))
+    y = normalized(block.conv1, block.norm1, x)
     y = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
-    y = normalized(nn.functional.conv2d(y, block.conv2.weight, block.conv2.bias, padding=1))
-    torch.testing.assert_close(stage(x)[0], x + 0.5 * y)
+    expected = x + block.gamma.view(-1, 1, 1) * normalized(block.conv2, block.norm2, y)
+    actual = stage.train(training)(x)[0]
+    torch.testing.assert_close(actual, expected)
+    leaves, direction = [x, *block.parameters()], torch.randn_like(x)
+    gradients = [torch.autograd.grad(y, leaves, direction) for y in (actual, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-10)
+    for norm, old, mean in zip((block.norm1, block.norm2), before, means):
+        torch.testing.assert_close(norm.running_mean, 0.9 * old + 0.1 * mean if training else old)
 
 
 def test_mixer_block_by_its_equation():

@@ -7,9 +7,12 @@ them wanted.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import StochasticDepth
 
 from ..ops import add_layer_norm, mlp
@@ -55,11 +58,38 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        y = self.act1(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
+        y = self.act1(_normalized(self.conv1, self.norm1, x))
+        y = _normalized(self.conv2, self.norm2, y)
         if self.gamma is not None:
             y = y * self.gamma.view(-1, 1, 1)
         return x + self.drop_path(y)
+
+
+def _normalized(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(conv(x)), without the sums of a gradient that is 0."""
+    if conv.bias is None or not (isinstance(norm, _BatchNorm) and norm.training):
+        return norm(conv(x))
+    bias = conv.bias.detach()
+    y = F.conv2d(x, conv.weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return _Independent.apply(norm(y), conv.bias)
+
+
+class _Independent(torch.autograd.Function):
+    """``y``, which a bias only seems to change: a batch norm's mean takes it away again.
+
+    The bias has a gradient all the same, as DistributedDataParallel wants of every weight. Where a
+    mean is that of several processes, the sum of theirs is 0, and they add theirs up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(bias)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        (bias,) = ctx.saved_tensors
+        return gradient, torch.zeros_like(bias)
 
 
 class MLP(nn.Module):
