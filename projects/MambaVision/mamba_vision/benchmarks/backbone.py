@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from ..inference import fuse
+from ..precision import weights_to_cast
 from .inputs import calibrate
 from .options import add_options, positive, start
 from .rows import Row, build, make_rows
@@ -166,9 +167,12 @@ def _evaluated(
     row: Row, state: dict[str, Tensor], x: Tensor, dtype: torch.dtype, device: str
 ) -> Callable[[], dict[str, Tensor]]:
     """The features of a row, computed as its switches say."""
-    model = _model(row, state, dtype, device, copied="fuse" in row.prepare)
+    model = _model(row, state, dtype, device, copied=bool({"fuse", "dtype"} & row.prepare))
     if "fuse" in row.prepare:
         fuse(model)
+    if "dtype" in row.prepare:
+        for weight in weights_to_cast(model):
+            weight.data = weight.data.to(dtype)
     if "cuda_graphs" not in row.prepare:
         return lambda: model(x)
     features: dict[str, Tensor] = {}

@@ -86,7 +86,7 @@ class Switch:
     def of_backbone(self) -> bool:
         """Whether the backbone alone has it."""
         own = any(key.startswith(BOTTOM_UP) for key, _, _ in self.config)
-        return (own or not self.config) and self.prepare in (None, "fuse", "cuda_graphs")
+        return own or (not self.config and self.prepare is not None)
 
 
 SWITCHES = (
