@@ -10,7 +10,7 @@ from torch import nn
 
 from .errors import UserError
 
-__all__ = ["autocast", "precision", "weights_to_cast"]
+__all__ = ["autocast", "cast_weights", "precision", "weights_to_cast"]
 
 PRECISIONS = {
     "fp16": torch.float16,
@@ -64,3 +64,9 @@ def weights_to_cast(module: nn.Module) -> list[nn.Parameter]:
     layers = (layer for layer in module.modules() if type(layer) in _CAST)
     weights = (weight for layer in layers for weight in layer.parameters(recurse=False))
     return [weight for weight in dict.fromkeys(weights) if weight not in kept]
+
+
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast now, in place, what autocast would cast at every call; see :func:`weights_to_cast`."""
+    for weight in weights_to_cast(module):
+        weight.data = weight.data.to(dtype)

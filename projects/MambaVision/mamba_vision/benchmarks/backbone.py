@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from ..inference import fuse
-from ..precision import weights_to_cast
+from ..precision import cast_weights
 from .inputs import calibrate
 from .options import add_options, positive, start
 from .rows import Row, build, make_rows
@@ -171,8 +171,7 @@ def _evaluated(
     if "fuse" in row.prepare:
         fuse(model)
     if "dtype" in row.prepare:
-        for weight in weights_to_cast(model):
-            weight.data = weight.data.to(dtype)
+        cast_weights(model, dtype)
     if "cuda_graphs" not in row.prepare:
         return lambda: model(x)
     features: dict[str, Tensor] = {}

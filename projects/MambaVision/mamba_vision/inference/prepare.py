@@ -11,7 +11,7 @@ from detectron2.modeling import FPN, GeneralizedRCNN
 from torch import nn
 
 from ..backbone import MambaVision
-from ..precision import autocast, precision, weights_to_cast
+from ..precision import autocast, cast_weights, precision
 from ..proposal_generator import RPN, AnchorGenerator
 from ..roi_heads import ClassSpecificCascadeROIHeads, ClassSpecificOutputLayers, ROIPooler
 from ..transfer import send
@@ -64,8 +64,7 @@ def prepare(
         # The maps are so in memory; else a convolution's weights would be turned at every call.
         part.to(memory_format=torch.channels_last)
         if dtype:
-            for weight in weights_to_cast(part):
-                weight.data = weight.data.to(precision(dtype, key))
+            cast_weights(part, precision(dtype, key))
     prepared = Prepared(model, context)
     if cuda_graphs and tensor.device.type == "cuda":
         prepared.use_graphs(Graphs(tensor.device))
